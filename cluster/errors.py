@@ -1,0 +1,156 @@
+"""Every error that `cluster` raises on purpose.
+
+    MaestraleError
+    ├── ConfigurationError        a setting or flag is wrong; says which and what to do
+    ├── PlacementError            the experts cannot be placed on the workers there are
+    ├── WireError                 bytes from a peer break the protocol
+    ├── HandshakeError            a peer speaks another version or serves another model
+    ├── ExpertsUnavailableError   an expert worker did not answer, answered wrongly or is gone
+    ├── HeadUnavailableError      no head replica can take or finish a request
+    ├── RequestError              what the ingress answers a caller: HTTP status and OpenAI's body
+    └── APIError                  what the SDK raises
+        ├── APIConnectionError    no answer came
+        │   └── APITimeoutError   ... in time
+        ├── APIResponseError      an answer came that is not what the API promises
+        ├── APIStreamError        the stream said that it failed, or broke off
+        └── APIStatusError        the answer was an error; one class per status:
+            BadRequestError 400, AuthenticationError 401, PermissionDeniedError 403,
+            NotFoundError 404, RequestTooLargeError 413, UnprocessableEntityError 422,
+            RateLimitError 429, InternalServerError 500 and above
+
+The SDK's names are those of the openai package where they mean the same.
+"""
+
+
+class MaestraleError(Exception):
+    """Base of them all."""
+
+
+class ConfigurationError(MaestraleError):
+    """A setting or flag is wrong."""
+
+
+class PlacementError(MaestraleError):
+    """The experts cannot be placed on the workers there are."""
+
+
+class WireError(MaestraleError):
+    """Bytes from a peer break the protocol. Raised before any of them is used."""
+
+
+class HandshakeError(MaestraleError):
+    """A peer speaks another protocol version or serves another model."""
+
+
+class ExpertsUnavailableError(MaestraleError):
+    """An expert worker did not answer in time, answered wrongly or is gone."""
+
+
+class HeadUnavailableError(MaestraleError):
+    """No head replica can take a request, or the one that had it is gone."""
+
+
+class RequestError(MaestraleError):
+    """What the ingress answers a caller instead of a completion.
+
+    status: HTTP status. kind: OpenAI's `error.type`. param: the field at fault.
+    retry_after_s: sent as Retry-After where set.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.kind = kind
+        self.param = param
+        self.code = code
+        self.retry_after_s = retry_after_s
+
+
+class APIError(MaestraleError):
+    """Base of what the SDK raises."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class APIConnectionError(APIError):
+    """The server could not be reached, or the connection broke before an answer."""
+
+
+class APITimeoutError(APIConnectionError):
+    """No answer within the timeout."""
+
+
+class APIResponseError(APIError):
+    """An answer that is not what the API promises: something else listens there."""
+
+
+class APIStreamError(APIError):
+    """The stream carried an error event, or ended without its end mark."""
+
+
+class APIStatusError(APIError):
+    """The server answered with an error status.
+
+    kind, param and code are those of OpenAI's error object; request_id is `X-Request-Id`.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status_code: int,
+        kind: str | None = None,
+        param: str | None = None,
+        code: str | None = None,
+        request_id: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status_code = status_code
+        self.kind = kind
+        self.param = param
+        self.code = code
+        self.request_id = request_id
+
+
+class BadRequestError(APIStatusError):
+    """400"""
+
+
+class AuthenticationError(APIStatusError):
+    """401"""
+
+
+class PermissionDeniedError(APIStatusError):
+    """403"""
+
+
+class NotFoundError(APIStatusError):
+    """404"""
+
+
+class RequestTooLargeError(APIStatusError):
+    """413"""
+
+
+class UnprocessableEntityError(APIStatusError):
+    """422"""
+
+
+class RateLimitError(APIStatusError):
+    """429"""
+
+
+class InternalServerError(APIStatusError):
+    """500 and above"""

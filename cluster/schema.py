@@ -1,0 +1,258 @@
+"""What travels over HTTP: OpenAI's requests and replies, as far as Maestrale speaks them.
+
+Shared by ingress and SDK. Bounds of request fields live here and nowhere else.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+MAX_CHOICES = 128
+"""Completions one request may ask for: prompts x n."""
+MAX_STOP_STRINGS = 16
+MAX_SEED = 2**63 - 1
+
+TokenId = Annotated[int, Field(ge=0, strict=True)]
+StopString = Annotated[str, Field(min_length=1, max_length=1_000)]
+
+NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
+    "best_of": (1,),
+    "echo": (False,),
+    "frequency_penalty": (0,),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "min_p": (0,),
+    "presence_penalty": (0,),
+    "repetition_penalty": (1,),
+    "response_format": ({"type": "text"},),
+    "structured_outputs": ({},),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+}
+"""Fields of OpenAI's and vLLM's that would change the answer but are not served yet, with the
+values that ask for nothing. Any other value is refused rather than silently ignored."""
+
+
+class StreamOptions(BaseModel):
+    """Options of a streamed reply."""
+
+    include_usage: bool = False
+
+
+class GenerationRequest(BaseModel):
+    """What completions and chat completions share. Unknown fields are ignored."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str | None = None
+    """Served model id; the one model there is when left out."""
+    n: int = Field(default=1, ge=1, le=MAX_CHOICES)
+    temperature: float = Field(default=1.0, ge=0.0, le=2.0, allow_inf_nan=False)
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    top_k: int = Field(default=0, ge=-1)
+    """0 or -1 keeps all tokens."""
+    seed: int | None = Field(default=None, ge=-MAX_SEED - 1, le=MAX_SEED)
+    """Left out: drawn by the server."""
+    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)] | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_the_default(cls, data: Any) -> Any:
+        """Clients send null for what they leave open."""
+        if isinstance(data, dict):
+            return {key: value for key, value in data.items() if value is not None}
+        return data
+
+    @model_validator(mode="after")
+    def _stream_options_need_a_stream(self) -> "GenerationRequest":
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options is only allowed with stream: true")
+        return self
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    def first_unsupported(self) -> str | None:
+        """Name of a field that asks for something not served yet, or None."""
+        for name, value in (self.model_extra or {}).items():
+            if name in NOT_SUPPORTED and value not in NOT_SUPPORTED[name]:
+                return name
+        return None
+
+
+class CompletionRequest(GenerationRequest):
+    """Body of POST /v1/completions."""
+
+    prompt: str | list[TokenId] | list[str] | list[list[TokenId]]
+    max_tokens: int = Field(default=16, ge=1)
+
+
+class ContentPart(BaseModel):
+    """A part of a message's content. Only text is served."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(BaseModel):
+    """One turn of a conversation."""
+
+    role: str = Field(min_length=1, max_length=64)
+    content: str | list[ContentPart]
+
+    @property
+    def text(self) -> str:
+        if isinstance(self.content, str):
+            return self.content
+        return "\n".join(part.text for part in self.content)
+
+
+class ChatCompletionRequest(GenerationRequest):
+    """Body of POST /v1/chat/completions."""
+
+    messages: list[ChatMessage] = Field(min_length=1, max_length=10_000)
+    max_tokens: int | None = Field(default=None, ge=1)
+    """Left out: the rest of the context."""
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    """OpenAI's newer name of max_tokens; wins where both are given."""
+
+
+class Reply(BaseModel):
+    """Base of replies: a newer server may send more than this client knows."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+FinishReason = Literal["stop", "length"]
+
+
+class Usage(Reply):
+    """Tokens of a request, over all its choices."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class CompletionChoice(Reply):
+    index: int
+    text: str
+    finish_reason: FinishReason | None = None
+    logprobs: None = None
+
+
+class Completion(Reply):
+    """Reply of /v1/completions, and each chunk of its stream."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    """Unix time, seconds."""
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
+
+
+class AssistantMessage(Reply):
+    role: Literal["assistant"] = "assistant"
+    content: str
+
+
+class ChatChoice(Reply):
+    index: int
+    message: AssistantMessage
+    finish_reason: FinishReason | None = None
+    logprobs: None = None
+
+
+class ChatCompletion(Reply):
+    """Reply of /v1/chat/completions."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage | None = None
+
+
+class ChatDelta(Reply):
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChatChunkChoice(Reply):
+    index: int
+    delta: ChatDelta
+    finish_reason: FinishReason | None = None
+    logprobs: None = None
+
+
+class ChatCompletionChunk(Reply):
+    """One chunk of a streamed chat completion."""
+
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None
+
+
+class Model(Reply):
+    """A served model."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "maestrale"
+    max_model_len: int
+    """Prompt and completion together, tokens."""
+
+
+class ModelList(Reply):
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class WorkerStatus(Reply):
+    """One expert worker, as the controller sees it."""
+
+    name: str
+    address: str
+    num_experts: int
+    num_bytes: int
+
+
+class Readiness(Reply):
+    """Reply of GET /ready; HTTP 200 when `ready`, else 503."""
+
+    ready: bool
+    phase: str
+    percent: int
+    epoch: int
+    heads_ready: int
+    heads_expected: int
+    workers: list[WorkerStatus]
+
+
+class ErrorDetail(Reply):
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorBody(Reply):
+    """Body of every error reply, and of an error event in a stream."""
+
+    error: ErrorDetail

@@ -1,0 +1,84 @@
+"""What one forward pass works on: tokens of many sequences, flat in one axis.
+
+Example, block size 4: sequence A brings tokens 5 and 6 of its own (two new, five known before) and
+holds blocks [7, 2]; sequence B starts with three tokens in block [0].
+
+    token_ids_T   A5 A6 B0 B1 B2
+    positions_T    5  6  0  1  2
+    slots_T        9 10  0  1  2      A5: block 2, offset 1 -> 2 * 4 + 1
+
+Shape suffix: T tokens of this step, over all sequences.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Span:
+    """What one sequence brings to a step.
+
+    token_ids:  the new tokens, in order.
+    start:      position of the first of them = tokens of this sequence already in the cache.
+    blocks:     all blocks of the sequence; they must have room for start + len(token_ids) tokens.
+    num_logits: for how many of the last new tokens logits are wanted (0: none, 1: to sample).
+    """
+
+    token_ids: Sequence[int]
+    start: int
+    blocks: Sequence[int]
+    num_logits: int = 1
+
+    @property
+    def end(self) -> int:
+        """Tokens of this sequence in the cache after the step."""
+        return self.start + len(self.token_ids)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The tensors of one step (see the module's example). Integer tensors are int64."""
+
+    spans: tuple[Span, ...]
+    block_size: int
+    token_ids_T: Tensor
+    positions_T: Tensor
+    slots_T: Tensor
+    logits_rows: Tensor
+    """Rows of T whose logits are wanted, in the order of the spans."""
+
+    @property
+    def num_tokens(self) -> int:
+        return self.token_ids_T.shape[0]
+
+
+def build_batch(spans: Sequence[Span], *, block_size: int, device: torch.device) -> Batch:
+    """Lay the spans flat, in their order."""
+    token_ids: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    logits_rows: list[int] = []
+    for span in spans:
+        token_ids += span.token_ids
+        positions += range(span.start, span.end)
+        slots += slots_of(span.blocks, block_size, span.start, span.end)
+        logits_rows += range(len(token_ids) - span.num_logits, len(token_ids))
+    return Batch(
+        spans=tuple(spans),
+        block_size=block_size,
+        token_ids_T=torch.tensor(token_ids, device=device),
+        positions_T=torch.tensor(positions, device=device),
+        slots_T=torch.tensor(slots, device=device),
+        logits_rows=torch.tensor(logits_rows, dtype=torch.int64, device=device),
+    )
+
+
+def slots_of(blocks: Sequence[int], block_size: int, start: int, end: int) -> list[int]:
+    """Cache slots of the positions start..end-1 of a sequence that holds `blocks`."""
+    return [
+        blocks[position // block_size] * block_size + position % block_size
+        for position in range(start, end)
+    ]

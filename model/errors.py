@@ -1,0 +1,37 @@
+"""What can go wrong in the model library. The service maps these at its border.
+
+    ModelError
+    ├── ConfigError       config.json is missing, is not Mixtral's, or asks for the unsupported
+    ├── CheckpointError   a weight file or tensor is missing, cut, mis-shaped or not finite
+    ├── TokenizerError    the tokenizer file is missing or unreadable
+    ├── PromptError       a prompt or conversation that cannot be turned into token ids
+    └── SamplingError     a sampling parameter out of its range
+"""
+
+
+class ModelError(Exception):
+    """Base of every error that `model` raises on purpose."""
+
+
+class ConfigError(ModelError):
+    """The configuration is missing, not a Mixtral's, or asks for something unsupported."""
+
+
+class CheckpointError(ModelError):
+    """A weight file or a tensor in it is missing, cut short, mis-shaped or not finite."""
+
+
+class TokenizerError(ModelError):
+    """The tokenizer file is missing or unreadable."""
+
+
+class PromptError(ModelError, ValueError):
+    """A prompt or a conversation that cannot be turned into token ids."""
+
+
+class SamplingError(ModelError, ValueError):
+    """A sampling parameter is out of its range. `field` names it."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field

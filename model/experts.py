@@ -1,0 +1,119 @@
+"""The expert FFNs, and the seam between a decoder and wherever they run.
+
+The decoder knows only `Experts`. `LocalExperts` computes in this process; the service has another
+that sends the rows away. Both end in `weighted_sums`, so both compute the same.
+
+Shape suffixes: T tokens, D hidden, F intermediate, R rows sent to one place, A assignments
+(row, expert, weight), K experts per token.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.router import Routing
+
+
+class PendingRows(Protocol):
+    """The experts' answer, on its way."""
+
+    def wait(self) -> Tensor:
+        """Block until it is there: weighted sums of the experts' outputs, (T, D) float32."""
+        ...
+
+
+class Experts(Protocol):
+    """All experts of a model, wherever they are."""
+
+    def dispatch(self, layer: int, x_TD: Tensor, routing: Routing) -> PendingRows:
+        """Start computing, for every row, the weighted sum over its experts. Returns at once."""
+        ...
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """One expert of one layer; w1 (gate) and w3 (up) stacked, so that one product serves both."""
+
+    w13_2FD: Tensor
+    w2_DF: Tensor
+
+    @property
+    def num_bytes(self) -> int:
+        return self.w13_2FD.nbytes + self.w2_DF.nbytes
+
+
+@dataclass(frozen=True)
+class Assignments:
+    """Which rows go to which expert with what weight, sorted by expert, then by row.
+
+    Expert `counts[i][0]` owns the next `counts[i][1]` entries of rows_A and weights_A.
+    """
+
+    counts: tuple[tuple[int, int], ...]
+    rows_A: Tensor
+    """Row numbers, int64."""
+    weights_A: Tensor
+    """float32"""
+
+
+def assign(routing: Routing) -> Assignments:
+    """Sort a routing by expert."""
+    top_k = routing.expert_ids_TK.shape[1]
+    experts_A, order_A = routing.expert_ids_TK.flatten().sort(stable=True)
+    expert_ids, counts = experts_A.unique_consecutive(return_counts=True)
+    return Assignments(
+        counts=tuple(zip(expert_ids.tolist(), counts.tolist(), strict=True)),
+        rows_A=order_A // top_k,
+        weights_A=routing.weights_TK.flatten()[order_A],
+    )
+
+
+def expert_ffn(weights: ExpertWeights, x_RD: Tensor) -> Tensor:
+    """w2(silu(w1 x) * w3 x) of each row, dtype of the weights."""
+    gate_RF, up_RF = F.linear(x_RD, weights.w13_2FD).chunk(2, dim=-1)
+    return F.linear(F.silu(gate_RF) * up_RF, weights.w2_DF)
+
+
+def weighted_sums(
+    experts: Mapping[int, ExpertWeights], x_RD: Tensor, assignments: Assignments
+) -> Tensor:
+    """Sum of weight x expert output for every row, (R, D) float32.
+
+    Sums run in ascending order of the expert's number, so the result does not depend on the batch.
+    """
+    sums_RD = torch.zeros(x_RD.shape, dtype=torch.float32, device=x_RD.device)
+    begin = 0
+    for expert_id, count in assignments.counts:
+        rows = assignments.rows_A[begin : begin + count]
+        weights = assignments.weights_A[begin : begin + count]
+        begin += count
+        output = expert_ffn(experts[expert_id], x_RD[rows]).float()
+        sums_RD.index_add_(0, rows, output * weights[:, None])
+    return sums_RD
+
+
+@dataclass(frozen=True)
+class Computed:
+    """An answer that is already there."""
+
+    rows_TD: Tensor
+
+    def wait(self) -> Tensor:
+        return self.rows_TD
+
+
+class LocalExperts:
+    """All experts in this process."""
+
+    def __init__(self, experts: Mapping[tuple[int, int], ExpertWeights]) -> None:
+        """experts: weights by (layer, expert)."""
+        self._layers: dict[int, dict[int, ExpertWeights]] = {}
+        for (layer, expert_id), weights in experts.items():
+            self._layers.setdefault(layer, {})[expert_id] = weights
+
+    def dispatch(self, layer: int, x_TD: Tensor, routing: Routing) -> PendingRows:
+        return Computed(weighted_sums(self._layers[layer], x_TD, assign(routing)))

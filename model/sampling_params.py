@@ -1,0 +1,43 @@
+"""How the next token is to be chosen, per request. Plain data, no torch."""
+
+from dataclasses import dataclass
+
+from model.errors import SamplingError
+
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """Sampling parameters of one completion.
+
+    max_tokens:     new tokens at most; at least 1.
+    temperature:    0 is greedy; otherwise logits are divided by it.
+    top_k:          keep the k likeliest tokens; 0 keeps all.
+    top_p:          keep the likeliest tokens whose mass first reaches p; 1 keeps all.
+    seed:           with `choice` and the position it alone decides every draw.
+    choice:         index of the choice among those of one request; 0 is the plain request.
+    stop_token_ids: ids that end the completion; the last emitted id is then one of them.
+    """
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    choice: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise SamplingError("max_tokens", f"max_tokens must be at least 1, not {self.max_tokens}")
+        if not 0.0 <= self.temperature <= 100.0:  # also refuses NaN
+            raise SamplingError("temperature", f"temperature {self.temperature} is not in [0, 100]")
+        if self.top_k < 0:
+            raise SamplingError("top_k", f"top_k must be 0 (off) or more, not {self.top_k}")
+        if not 0.0 < self.top_p <= 1.0:
+            raise SamplingError("top_p", f"top_p must lie in (0, 1], not {self.top_p}")
+        if not -MAX_SEED - 1 <= self.seed <= MAX_SEED:
+            raise SamplingError("seed", f"seed {self.seed} does not fit in 64 bits")
+        if self.choice < 0:
+            raise SamplingError("choice", f"choice must be 0 or more, not {self.choice}")
