@@ -3,9 +3,11 @@
     MaestraleError
     ├── ConfigurationError        a setting or flag is wrong; says which and what to do
     ├── PlacementError            the experts cannot be placed on the workers there are
+    ├── StartError                the service cannot get ready, and why
     ├── WireError                 bytes from a peer break the protocol
     ├── HandshakeError            a peer speaks another version or serves another model
     ├── ExpertsUnavailableError   an expert worker did not answer, answered wrongly or is gone
+    ├── ExpertFailedError         an expert worker says that a call cannot be computed
     ├── HeadUnavailableError      no head replica can take or finish a request
     ├── RequestError              what the ingress answers a caller: HTTP status and OpenAI's body
     └── APIError                  what the SDK raises
@@ -34,6 +36,10 @@ class PlacementError(MaestraleError):
     """The experts cannot be placed on the workers there are."""
 
 
+class StartError(MaestraleError):
+    """The service cannot get ready; a worker or head said why."""
+
+
 class WireError(MaestraleError):
     """Bytes from a peer break the protocol. Raised before any of them is used."""
 
@@ -44,6 +50,10 @@ class HandshakeError(MaestraleError):
 
 class ExpertsUnavailableError(MaestraleError):
     """An expert worker did not answer in time, answered wrongly or is gone."""
+
+
+class ExpertFailedError(MaestraleError):
+    """An expert worker says that a call cannot be computed: asking elsewhere would not help."""
 
 
 class HeadUnavailableError(MaestraleError):

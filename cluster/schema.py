@@ -132,9 +132,6 @@ class Reply(BaseModel):
     model_config = ConfigDict(extra="allow")
 
 
-FinishReason = Literal["stop", "length"]
-
-
 class Usage(Reply):
     """Tokens of a request, over all its choices."""
 
@@ -146,8 +143,9 @@ class Usage(Reply):
 class CompletionChoice(Reply):
     index: int
     text: str
-    finish_reason: FinishReason | None = None
-    logprobs: None = None
+    finish_reason: str | None = None
+    """stop or length"""
+    logprobs: Any = None
 
 
 class Completion(Reply):
@@ -170,8 +168,9 @@ class AssistantMessage(Reply):
 class ChatChoice(Reply):
     index: int
     message: AssistantMessage
-    finish_reason: FinishReason | None = None
-    logprobs: None = None
+    finish_reason: str | None = None
+    """stop or length"""
+    logprobs: Any = None
 
 
 class ChatCompletion(Reply):
@@ -193,8 +192,9 @@ class ChatDelta(Reply):
 class ChatChunkChoice(Reply):
     index: int
     delta: ChatDelta
-    finish_reason: FinishReason | None = None
-    logprobs: None = None
+    finish_reason: str | None = None
+    """stop or length"""
+    logprobs: Any = None
 
 
 class ChatCompletionChunk(Reply):
@@ -239,6 +239,7 @@ class Readiness(Reply):
     ready: bool
     phase: str
     percent: int
+    error: str | None = None
     epoch: int
     heads_ready: int
     heads_expected: int

@@ -43,7 +43,12 @@ def plan_attention(batch: Batch, sliding_window: int | None) -> tuple[Group, ...
         row += len(span.token_ids)
         by_length[len(span.token_ids)].append(index)
     return tuple(
-        _group([batch.spans[i] for i in indices], [first_row[i] for i in indices], batch, sliding_window)
+        _group(
+            [batch.spans[i] for i in indices],
+            [first_row[i] for i in indices],
+            batch,
+            sliding_window,
+        )
         for indices in by_length.values()
     )
 

@@ -50,4 +50,6 @@ class BlockPool:
         assert len(free) == len(self._free), f"a block is free twice: {sorted(self._free)}"
         assert not free & owned, f"blocks {sorted(free & owned)} are free and owned"
         total = len(free) + len(owned)
-        assert total == self.num_blocks, f"{len(free)} free + {len(owned)} owned != {self.num_blocks}"
+        assert total == self.num_blocks, (
+            f"{len(free)} free + {len(owned)} owned != {self.num_blocks}"
+        )

@@ -13,6 +13,22 @@ from model.errors import ConfigError
 DTYPES = ("float32", "bfloat16", "float16")
 """Names of the floating types a model may be loaded in, as torch spells them."""
 
+_SAME_NAME = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_experts_per_tok",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "sliding_window",
+    "tie_word_embeddings",
+    "bos_token_id",
+)
+"""Fields that every version of transformers spells as we do."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class MixtralConfig:
@@ -98,11 +114,7 @@ class MixtralConfig:
             "rope_theta": rope.get("rope_theta", config.get("rope_theta")),
             "dtype": config.get("dtype", config.get("torch_dtype")),
         }
-        for name in (
-            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
-            "num_key_value_heads num_experts_per_tok max_position_embeddings rms_norm_eps "
-            "sliding_window tie_word_embeddings bos_token_id"
-        ).split():
+        for name in _SAME_NAME:
             fields[name] = config.get(name)
         eos = config.get("eos_token_id")
         if eos is not None:

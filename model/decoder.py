@@ -1,6 +1,6 @@
 """Mixtral's forward pass: everything but the experts, which it reaches through `Experts`.
 
-Shape suffixes: T tokens, D hidden, N query heads, K key/value heads, H head dimension, V vocabulary.
+Shape suffixes: T tokens, D hidden, N query heads, K key/value heads, H head size, V vocabulary.
 """
 
 import torch
@@ -25,7 +25,7 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 
 class Decoder:
-    """Embeddings, attention, norms, routers and LM head of one Mixtral. Holds no request's state."""
+    """Embeddings, attention, norms, routers and LM head of a Mixtral. Keeps no request's state."""
 
     def __init__(self, config: MixtralConfig, weights: DecoderWeights) -> None:
         self.config = config

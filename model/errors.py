@@ -1,11 +1,11 @@
 """What can go wrong in the model library. The service maps these at its border.
 
-    ModelError
-    ├── ConfigError       config.json is missing, is not Mixtral's, or asks for the unsupported
-    ├── CheckpointError   a weight file or tensor is missing, cut, mis-shaped or not finite
-    ├── TokenizerError    the tokenizer file is missing or unreadable
-    ├── PromptError       a prompt or conversation that cannot be turned into token ids
-    └── SamplingError     a sampling parameter out of its range
+ModelError
+├── ConfigError       config.json is missing, is not Mixtral's, or asks for the unsupported
+├── CheckpointError   a weight file or tensor is missing, cut, mis-shaped or not finite
+├── TokenizerError    the tokenizer file is missing or unreadable
+├── PromptError       a prompt or conversation that cannot be turned into token ids
+└── SamplingError     a sampling parameter out of its range
 """
 
 

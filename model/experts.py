@@ -59,6 +59,10 @@ class Assignments:
     weights_A: Tensor
     """float32"""
 
+    def to(self, device: torch.device) -> "Assignments":
+        """The same on another device."""
+        return Assignments(self.counts, self.rows_A.to(device), self.weights_A.to(device))
+
 
 def assign(routing: Routing) -> Assignments:
     """Sort a routing by expert."""

@@ -15,7 +15,9 @@ def rope_frequencies(head_dim: int, theta: float, device: torch.device) -> Tenso
     return 1.0 / theta**exponents
 
 
-def rope_tables(positions_T: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rope_tables(
+    positions_T: Tensor, frequencies: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Cosines and sines of each token's angles, each (T, 1, H), computed in float32."""
     angles = positions_T.to(torch.float32)[:, None] * frequencies
     angles = torch.cat((angles, angles), dim=-1)[:, None, :]

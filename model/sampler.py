@@ -62,7 +62,9 @@ def _draw(logits_SV: Tensor, params: list[SamplingParams], positions: list[int])
     return chosen
 
 
-def uniform_numbers(params: Sequence[SamplingParams], positions: Sequence[int]) -> NDArray[np.float64]:
+def uniform_numbers(
+    params: Sequence[SamplingParams], positions: Sequence[int]
+) -> NDArray[np.float64]:
     """One number in [0, 1) per sequence, from (seed, choice, position), shape (S,)."""
     seeds = np.array([p.seed for p in params], dtype=np.int64).view(np.uint64)
     zeros = np.zeros_like(seeds)

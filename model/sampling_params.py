@@ -30,7 +30,9 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
-            raise SamplingError("max_tokens", f"max_tokens must be at least 1, not {self.max_tokens}")
+            raise SamplingError(
+                "max_tokens", f"max_tokens must be at least 1, not {self.max_tokens}"
+            )
         if not 0.0 <= self.temperature <= 100.0:  # also refuses NaN
             raise SamplingError("temperature", f"temperature {self.temperature} is not in [0, 100]")
         if self.top_k < 0:

@@ -45,7 +45,9 @@ class Tokenizer:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise PromptError(f"the text is not valid Unicode at character {error.start}") from error
+            raise PromptError(
+                f"the text is not valid Unicode at character {error.start}"
+            ) from error
         ids: list[int] = self._pieces.encode(text)
         return ids
 
@@ -72,7 +74,7 @@ class Tokenizer:
         if pieces.is_control(token_id):
             return b""
         if pieces.is_unknown(token_id):
-            return pieces.decode([token_id]).encode()
+            return str(pieces.decode([token_id])).encode()
         piece: str = pieces.id_to_piece(token_id)
         if pieces.is_byte(token_id):
             return bytes([int(piece[3:-1], 16)])  # "<0x0A>"

@@ -1,0 +1,57 @@
+# Everything a developer types. Each target makes and reuses .venv by itself.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+PROTOS := protos/peer.proto protos/expert.proto protos/head.proto
+
+.DEFAULT_GOAL := help
+.PHONY: help demo serve test test-unit check protos bench clean
+
+help:  ## Show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
+
+demo: $(VENV)/.server  ## Start everything on this machine, tell a story, stop everything
+	@$(BIN)/maestrale demo
+
+serve: $(VENV)/.server  ## Serve the embedded model at http://127.0.0.1:8000/v1
+	@$(BIN)/maestrale serve
+
+test: check  ## Checks, unit tests, integration tests
+	$(BIN)/python -m pytest tests/unit tests/integration
+
+test-unit: $(VENV)/.dev  ## Unit tests alone: no network, no Ray, under a minute
+	$(BIN)/python -m pytest tests/unit
+
+check: $(VENV)/.dev  ## Lint, format, types, import layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+protos: $(VENV)/.dev  ## Generate the code of protos/*.proto
+	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. $(PROTOS)
+
+bench: $(VENV)/.dev  ## Cost of the split, beside one process; for tests/bench/RESULTS.md
+	$(BIN)/python -m tests.bench.split
+
+clean:  ## Remove the virtual environment and caches
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info
+
+# The stamps make an installation happen once, and again when pyproject.toml changes.
+$(VENV)/bin/python:
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is missing: install Python 3.11 or newer, or set PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is older than 3.11: set PYTHON=python3.11 or newer"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "the venv module is missing: install it (Debian, Ubuntu: apt install python3-venv)"; exit 1; }
+	@echo "making $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.server: pyproject.toml | $(VENV)/bin/python
+	@test -e $(VENV)/.dev -a ! pyproject.toml -nt $(VENV)/.dev || { echo "installing maestrale[server] into $(VENV): minutes the first time"; $(BIN)/pip install --quiet --progress-bar off -e '.[server]'; }
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
+	@echo "installing maestrale[dev] into $(VENV): minutes the first time"
+	@$(BIN)/pip install --quiet --progress-bar off -e '.[dev]'
+	@touch $@

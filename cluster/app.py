@@ -1,0 +1,229 @@
+"""The one place that wires all parts: a Serve application, and a local Ray to run it on.
+
+`serve deploy` and `serve run` use `cluster.app:build`; the command line uses `running`.
+"""
+
+import logging
+import math
+import os
+import shutil
+import signal
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import ray
+from ray import serve
+from ray.serve.config import HTTPOptions, ProxyLocation
+from ray.util import list_named_actors
+
+from cluster.client import Client
+from cluster.config import ServeConfig
+from cluster.controller import NAMESPACE, Controller
+from cluster.errors import APIConnectionError, ConfigurationError, StartError
+from cluster.schema import Readiness
+from model.config import MixtralConfig
+from model.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+APP_NAME = "maestrale"
+
+RELEASE_TIMEOUT_S = 10.0
+"""How long workers may take to end once the application is deleted."""
+
+_MANY = 10_000
+"""Serve's own bound on calls in progress; ours (429) lies below it."""
+
+
+def build(config: ServeConfig) -> serve.Application:
+    """The whole service as a Serve application; the import path for Serve's configuration files.
+
+    Raises ConfigurationError, ConfigError or TokenizerError for a checkpoint that cannot be served.
+    """
+    check_checkpoint(config)
+    # torch is only wanted in the replicas
+    from cluster.head.replica import HeadReplica
+    from cluster.ingress.deployment import Ingress
+
+    controller = serve.deployment(
+        name="Controller",
+        num_replicas=1,
+        max_ongoing_requests=_MANY,
+        ray_actor_options={"num_cpus": 0},
+        health_check_period_s=5,
+    )(Controller).bind(config)
+    heads = serve.deployment(
+        name="HeadReplica",
+        num_replicas=config.num_heads,
+        max_ongoing_requests=_MANY,
+        ray_actor_options={"num_cpus": config.head_cpus, "num_gpus": config.head_gpus},
+        health_check_period_s=5,
+        graceful_shutdown_timeout_s=20,
+    )(HeadReplica).bind(config, controller)
+    return serve.deployment(
+        name="Ingress",
+        num_replicas=config.num_ingresses,
+        max_ongoing_requests=_MANY,
+        ray_actor_options={"num_cpus": 0},
+        health_check_period_s=5,
+    )(serve.ingress()(Ingress)).bind(config, controller, heads)
+
+
+def check_checkpoint(config: ServeConfig) -> None:
+    """Find out before anything is started whether the folder looks like a checkpoint."""
+    folder = config.checkpoint_folder()
+    model = MixtralConfig.from_folder(folder)
+    tokenizer = Tokenizer.from_folder(folder)
+    if tokenizer.vocab_size > model.vocab_size:
+        raise ConfigurationError(
+            f"{folder}: tokenizer.model has {tokenizer.vocab_size} pieces, config.json only "
+            f"{model.vocab_size} ids"
+        )
+    if config.max_model_len and config.max_model_len > model.max_position_embeddings:
+        raise ConfigurationError(
+            f"max_model_len {config.max_model_len} exceeds the model's "
+            f"{model.max_position_embeddings} positions"
+        )
+
+
+@contextmanager
+def running(
+    config: ServeConfig,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    address: str | None = None,
+    verbose: bool = False,
+    on_progress: Callable[[Readiness], None] = lambda readiness: None,
+) -> Iterator[Client]:
+    """Serve until the block is left; then stop everything that was started for it.
+
+    port:        0 takes a free one.
+    address:     of a Ray cluster to join; None starts a Ray of our own on this machine.
+    on_progress: called with every news of the start.
+    Raises ConfigurationError or ModelError before anything is started, StartError after.
+    """
+    check_checkpoint(config)
+    port = free_port(host) if port == 0 else port
+    check_port(host, port)
+    with _ray(address, config, verbose=verbose):
+        try:
+            serve.start(
+                proxy_location=ProxyLocation.HeadOnly,
+                http_options=HTTPOptions(host=host, port=port),
+            )
+            serve.run(build(config), name=APP_NAME, route_prefix="/")
+            with Client(f"http://{_reachable(host)}:{port}") as client:
+                wait_until_ready(client, on_progress)
+                yield client
+        finally:
+            _stop_serving()
+
+
+def wait_until_ready(client: Client, on_progress: Callable[[Readiness], None]) -> None:
+    """Return when the service is ready. Raises StartError when it says that it never will be."""
+    shown: Readiness | None = None
+    while True:
+        try:
+            readiness = client.ready()
+        except APIConnectionError:
+            time.sleep(0.1)  # the proxy is still starting
+            continue
+        if readiness != shown:
+            shown = readiness
+            on_progress(readiness)
+            if readiness.ready:
+                return
+            if readiness.error:
+                raise StartError(readiness.error)
+        time.sleep(0.1)
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise ConfigurationError unless something can listen there."""
+    try:
+        with socket.create_server((host, port)):
+            pass
+    except OSError as error:
+        raise ConfigurationError(
+            f"cannot listen on {host}:{port}: {error.strerror or error}; choose another with --port"
+        ) from error
+
+
+def free_port(host: str) -> int:
+    """A port of `host` that nobody listens on now."""
+    with socket.create_server((host, 0)) as probe:
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _reachable(host: str) -> str:
+    """Where to reach a server that is bound to `host`."""
+    if host in ("0.0.0.0", ""):
+        return "127.0.0.1"
+    return f"[{host}]" if ":" in host else host
+
+
+@contextmanager
+def _ray(address: str | None, config: ServeConfig, *, verbose: bool) -> Iterator[None]:
+    """A Ray of our own, whose files go with it unless something failed; or somebody else's."""
+    logging_level = logging.INFO if verbose else logging.ERROR
+    logging.getLogger("ray.serve").setLevel(logging_level)
+    if address is not None:
+        ray.init(address, log_to_driver=verbose, logging_level=logging_level)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    folder = tempfile.mkdtemp(prefix="maestrale-")
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(
+            # Ray counts what it is told: as many processes as asked for must fit on this machine
+            num_cpus=max(os.cpu_count() or 1, math.ceil(_cpus_wanted(config))),
+            include_dashboard=False,
+            log_to_driver=verbose,
+            logging_level=logging_level,
+            _temp_dir=folder,
+        )
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)  # ray.init takes it for itself
+        yield
+    except StartError as error:
+        raise StartError(f"{error} (logs are kept in {folder})") from error
+    finally:
+        ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _cpus_wanted(config: ServeConfig) -> float:
+    return config.num_workers * config.worker_cpus + config.num_heads * config.head_cpus
+
+
+def _stop_serving() -> None:
+    """Delete the application and see its workers gone; a worker that lingers is killed.
+
+    Serve itself stays: on a cluster others may use it, and our own Ray takes it along.
+    """
+    serve.delete(APP_NAME)
+    deadline = time.monotonic() + RELEASE_TIMEOUT_S
+    while (names := _worker_names()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for name in names:
+        logger.warning("%s did not end by itself and is killed", name)
+        ray.kill(ray.get_actor(name, namespace=NAMESPACE))
+
+
+def _worker_names() -> list[str]:
+    """Names of this application's workers that are alive."""
+    return [
+        actor["name"]
+        for actor in list_named_actors(all_namespaces=True)
+        if actor["namespace"] == NAMESPACE and actor["name"].startswith(f"{APP_NAME}-worker-")
+    ]

@@ -1,0 +1,296 @@
+"""The command line. One verb per function; what needs torch or Ray is imported inside its verb."""
+
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from cluster import log
+from cluster.config import MIB, ServeConfig
+from cluster.errors import ConfigurationError, MaestraleError
+from cluster.schema import Readiness
+from model.errors import ModelError
+
+if TYPE_CHECKING:
+    from cluster.client import Client
+
+app = typer.Typer(
+    help="Serve Mixtral: attention on head replicas, experts on Ray actors, gRPC in between.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+console = Console(highlight=False, soft_wrap=True)
+errors = Console(highlight=False, soft_wrap=True, stderr=True)
+
+DEMO_PROMPT = "Once upon a time"
+DEMO_SEED = 7
+
+Model = Annotated[
+    Path | None,
+    typer.Option("--model", help="Checkpoint folder; the embedded tiny one if left out."),
+]
+DType = Annotated[
+    str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; the checkpoint's own.")
+]
+Port = Annotated[int, typer.Option(help="HTTP port; 0 takes a free one.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show logs and full traces.")]
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Option(help="Text to continue.")] = DEMO_PROMPT,
+    local: Annotated[bool, typer.Option("--local", help="Compute in this process.")] = False,
+    url: Annotated[
+        str | None, typer.Option(help="Server to ask instead; MAESTRALE_BASE_URL if left out.")
+    ] = None,
+    model: Model = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="New tokens at most.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Keep the k likeliest; 0 keeps all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Keep this much probability mass.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
+    dtype: DType = None,
+    verbose: Verbose = False,
+) -> None:
+    """Continue a text, on a server or with --local in this process."""
+    log.set_up(verbose=verbose)
+    sampling = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    if local:
+        if url:
+            raise ConfigurationError("--local and --url exclude each other")
+        pieces = _generate_here(prompt, model, dtype, {**sampling, "top_k": top_k})
+    else:
+        if model or dtype:
+            raise ConfigurationError("--model and --dtype go with --local; a server has its own")
+        pieces = _generate_there(prompt, url, {**sampling, "top_k": top_k})
+    console.print(prompt, end="", markup=False)
+    for piece in pieces:
+        console.print(piece, end="", markup=False)
+    console.print()
+
+
+def _generate_here(
+    prompt: str, model: Path | None, dtype: str | None, sampling: dict[str, Any]
+) -> Iterator[str]:
+    _need_server_extra()
+    from model import TINY, Mixtral
+
+    return Mixtral.load(model or TINY, dtype=dtype).stream(prompt, **sampling)
+
+
+def _generate_there(prompt: str, url: str | None, sampling: dict[str, Any]) -> Iterator[str]:
+    from cluster.client import Client
+
+    with (
+        Client(url) as client,
+        client.completions.create(prompt=prompt, stream=True, **sampling) as chunks,
+    ):
+        for chunk in chunks:
+            for choice in chunk.choices:
+                yield choice.text
+
+
+@app.command()
+def serve(
+    model: Model = None,
+    served_model_name: Annotated[
+        str | None, typer.Option(help="Model id that requests name; the folder's name.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Expert workers.")] = 2,
+    heads: Annotated[int, typer.Option(min=1, help="Head replicas.")] = 1,
+    host: Annotated[str, typer.Option(help="Address to listen on for HTTP.")] = "127.0.0.1",
+    port: Port = 8000,
+    dtype: DType = None,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster to run on; a Ray of its own if left out.")
+    ] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Serve a model over HTTP until interrupted."""
+    log.set_up(verbose=verbose)
+    _need_server_extra()
+    from cluster.app import running
+
+    config = _config(
+        model=model,
+        served_model_name=served_model_name,
+        num_workers=workers,
+        num_heads=heads,
+        dtype=dtype,
+    )
+    with (
+        _stopped_by_signals(),
+        running(
+            config,
+            host=host,
+            port=port,
+            address=address,
+            verbose=verbose,
+            on_progress=_ProgressLines().show,
+        ) as client,
+    ):
+        _print_placement(client.ready())
+        console.print(f"Serving {config.model_id()} at {client.base_url}/v1 (Ctrl-C stops)")
+        while True:
+            signal.pause()
+
+
+@app.command()
+def demo(
+    max_tokens: Annotated[int, typer.Option(min=1, help="Length of the story.")] = 160,
+    port: Port = 0,
+    verbose: Verbose = False,
+) -> None:
+    """Start everything with two expert workers, tell a story, stop everything."""
+    log.set_up(verbose=verbose)
+    _need_server_extra()
+    from cluster.app import running
+
+    console.print("Maestrale demo: one head replica, two expert workers, gRPC in between")
+    lines = _ProgressLines()
+    with (
+        _stopped_by_signals(),
+        running(
+            _config(num_workers=2), port=port, verbose=verbose, on_progress=lines.show
+        ) as client,
+    ):
+        _print_placement(client.ready())
+        _tell_story(client, max_tokens)
+        _print_rows(client.metrics())
+        lines.line("stopping")
+    lines.line("stopped")
+
+
+class _ProgressLines:
+    """One line per phase, with the time since the start; percents only where they move."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+        self._shown: tuple[str, int] | None = None
+        self.line("starting Ray and Ray Serve")
+
+    def show(self, readiness: Readiness) -> None:
+        state = (readiness.phase, readiness.percent)
+        if state != self._shown:
+            self._shown = state
+            self.line(f"{readiness.phase}, {readiness.percent} %")
+
+    def line(self, text: str) -> None:
+        console.print(f"[dim]{time.monotonic() - self._started:6.1f} s[/dim]  {text}")
+
+
+def _print_placement(readiness: Readiness) -> None:
+    table = Table(title=f"Placement, epoch {readiness.epoch}", title_justify="left")
+    for heading in ("worker", "address", "experts", "MiB"):
+        table.add_column(heading, justify="left" if heading in ("worker", "address") else "right")
+    for worker in readiness.workers:
+        mib = f"{worker.num_bytes / MIB:,.1f}"
+        table.add_row(worker.name, worker.address, str(worker.num_experts), mib)
+    console.print(table)
+
+
+def _tell_story(client: "Client", max_tokens: int) -> None:
+    started = time.perf_counter()
+    first = 0.0
+    num_tokens = 0
+    console.print(DEMO_PROMPT, end="", style="bold")
+    with client.completions.create(
+        prompt=DEMO_PROMPT,
+        max_tokens=max_tokens,
+        temperature=0.7,
+        seed=DEMO_SEED,
+        stream=True,
+        stream_options={"include_usage": True},
+    ) as chunks:
+        for chunk in chunks:
+            first = first or time.perf_counter() - started
+            for choice in chunk.choices:
+                console.print(choice.text, end="", markup=False)
+            if chunk.usage is not None:
+                num_tokens = chunk.usage.completion_tokens
+    took = time.perf_counter() - started
+    console.print("\n")
+    rate = (num_tokens - 1) / (took - first) if num_tokens > 1 else 0.0
+    console.print(
+        f"first token after {first * 1000:.0f} ms, then {rate:.1f} tokens per second "
+        f"({num_tokens} tokens in {took:.1f} s)"
+    )
+
+
+def _print_rows(exposition: str) -> None:
+    """Rows that each worker has computed, the probe of every expert included."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    rows: dict[str, int] = {}
+    for family in text_string_to_metric_families(exposition):
+        for sample in family.samples:
+            if sample.name == "maestrale_expert_rows_total":
+                worker = sample.labels["process"]
+                rows[worker] = rows.get(worker, 0) + int(sample.value)
+    for worker, count in sorted(rows.items()):
+        console.print(f"{worker} computed {count:,} rows")
+
+
+def _config(**fields: Any) -> ServeConfig:
+    """A ServeConfig, whose validation errors read as one line."""
+    try:
+        return ServeConfig(**fields)
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(str(part) for part in item['loc']) or 'configuration'}: {item['msg']}"
+            for item in error.errors()
+        )
+        raise ConfigurationError(problems) from error
+
+
+def _need_server_extra() -> None:
+    try:
+        import ray
+        import torch
+    except ModuleNotFoundError as error:
+        raise ConfigurationError(
+            f"this command needs {error.name}, which the base install leaves out: "
+            "pip install 'maestrale[server]'"
+        ) from error
+    del ray, torch
+
+
+@contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """End the block in order on Ctrl-C or SIGTERM; a second signal does not cut that short."""
+
+    def stop(signum: int, _frame: object) -> NoReturn:
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.print("\nstopped")
+
+
+def main() -> None:
+    """Entry point. Errors of our own end in one line and exit code 1."""
+    try:
+        app()
+    except (MaestraleError, ModelError) as error:
+        if {"--verbose", "-v"} & set(sys.argv):
+            raise
+        errors.print(f"error: {error}", style="red", markup=False)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""The service's settings: one frozen object, checked once, passed down as a value.
+
+Serve configuration files give them under `args`, the command line through flags. Unknown keys are
+refused. Nothing below reads the environment.
+"""
+
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from cluster.errors import ConfigurationError
+from model import TINY
+
+MIB = 2**20
+GIB = 2**30
+
+
+class ServeConfig(BaseModel):
+    """Everything that `cluster.app.build` must know. Under each field: meaning, unit, reason."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: Path | None = None
+    """Checkpoint folder, reachable by this path on every node. None: the embedded tiny model."""
+    served_model_name: str | None = Field(default=None, min_length=1)
+    """Model id that requests name. None: the checkpoint folder's name."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Type of weights and activations. None: the checkpoint's own."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where heads and workers compute. cuda also needs head_gpus and worker_gpus."""
+
+    num_workers: int = Field(default=2, ge=1, le=1024)
+    """Expert workers. Two is the least that shows the split; Mixtral-8x7B in bfloat16 needs as
+    many as its 90 GB of experts take."""
+    num_heads: int = Field(default=1, ge=1, le=256)
+    """Head replicas. Each holds all non-expert weights and a KV cache of its own."""
+    num_ingresses: int = Field(default=1, ge=1, le=256)
+    """Ingress replicas. They tokenise and stream, without touching torch."""
+
+    worker_cpus: float = Field(default=0.2, ge=0)
+    """CPUs that Ray reserves for a worker. Small by default so that a laptop holds them all."""
+    worker_gpus: float = Field(default=0, ge=0)
+    """GPUs that Ray reserves for a worker."""
+    worker_threads: int = Field(default=1, ge=1)
+    """Compute threads of a worker on CPU. More threads than cores over all workers cost dearly."""
+    worker_memory_bytes: int | None = Field(default=None, ge=1)
+    """Bytes of experts a worker may hold. None: no bound, experts are spread evenly."""
+    head_cpus: float = Field(default=0.2, ge=0)
+    """CPUs that Ray reserves for a head."""
+    head_gpus: float = Field(default=0, ge=0)
+    """GPUs that Ray reserves for a head."""
+    head_threads: int = Field(default=1, ge=1)
+    """Compute threads of a head on CPU."""
+
+    max_model_len: int | None = Field(default=None, ge=2)
+    """Prompt and completion together, tokens. None: what the model was made for."""
+    block_size: int = Field(default=16, ge=1)
+    """Tokens per block of the KV cache. Smaller wastes less, larger costs fewer look-ups."""
+    kv_cache_bytes: int = Field(default=1 * GIB, ge=1)
+    """Bytes of KV cache per head, at most; never more than max_running_sequences can fill."""
+    max_running_sequences: int = Field(default=64, ge=1)
+    """Sequences in one step of a head, at most."""
+    max_tokens_per_step: int = Field(default=512, ge=1)
+    """Tokens in one step of a head, at most. A longer prompt is computed in chunks of this size,
+    so it delays everybody else's next token by no more than one such step."""
+
+    max_concurrent_requests: int = Field(default=256, ge=1)
+    """Requests in progress over all ingresses; beyond it a caller gets 429 with Retry-After."""
+    max_body_bytes: int = Field(default=4 * MIB, ge=1)
+    """Size of a request body, at most."""
+
+    data_plane_host: str = "127.0.0.1"
+    """Address that heads and workers listen on for gRPC. Other than loopback needs
+    allow_plaintext_network: the data plane is not encrypted yet."""
+    allow_plaintext_network: bool = False
+    """Let tokens and activations cross a network in the clear, knowingly."""
+
+    expert_timeout_s: float = Field(default=30.0, gt=0)
+    """How long a head waits for a worker's answer before it takes the worker for lost, seconds.
+    Above the slowest honest answer: a full step on a slow CPU."""
+    recovery_timeout_s: float = Field(default=60.0, gt=0)
+    """How long rows of a lost worker wait for the controller to start another, seconds."""
+    lease_s: float = Field(default=15.0, ge=1)
+    """Workers end by themselves when the controller has not renewed their lease for so long."""
+
+    @model_validator(mode="after")
+    def _check_network(self) -> Self:
+        try:
+            is_loopback = ip_address(self.data_plane_host).is_loopback
+        except ValueError as error:
+            raise ValueError(
+                f"data_plane_host {self.data_plane_host!r} is no IP address"
+            ) from error
+        if not is_loopback and not self.allow_plaintext_network:
+            raise ValueError(
+                f"data_plane_host {self.data_plane_host} is not loopback: tokens and activations "
+                "would cross the network in the clear. Set allow_plaintext_network: true if that "
+                "network is yours alone"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_gpus(self) -> Self:
+        if self.device == "cuda" and not (self.head_gpus and self.worker_gpus):
+            raise ValueError("device: cuda needs head_gpus and worker_gpus above 0")
+        return self
+
+    @property
+    def lease_renewal_s(self) -> float:
+        """How often the controller renews: three times within a lease."""
+        return self.lease_s / 3
+
+    def checkpoint_folder(self) -> Path:
+        """The folder to load from. Raises ConfigurationError when it is not there."""
+        if self.model is None:
+            return TINY
+        folder = self.model.expanduser().absolute()
+        if not folder.is_dir():
+            raise ConfigurationError(f"model {folder} is not a folder")
+        return folder
+
+    def model_id(self) -> str:
+        """Name under which the model is served."""
+        if self.served_model_name:
+            return self.served_model_name
+        return "tiny-mixtral" if self.model is None else self.model.expanduser().absolute().name

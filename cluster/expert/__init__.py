@@ -1,0 +1,1 @@
+"""The expert worker: a Ray actor that computes expert FFNs for every head."""

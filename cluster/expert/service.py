@@ -1,0 +1,97 @@
+"""The expert worker's gRPC side: bytes in, bytes out. Knows no Ray and how nothing is computed."""
+
+import logging
+import time
+from collections.abc import Iterator
+
+import grpc
+import torch
+
+from cluster import rpc, wire
+from cluster.errors import WireError
+from cluster.expert.batcher import Batcher, NotHeldError
+from cluster.metrics import WorkerMetrics
+from model.config import MixtralConfig
+from protos import expert_pb2, peer_pb2
+
+logger = logging.getLogger(__name__)
+
+
+class ExpertService:
+    """Answers heads. Each stream has a thread of the gRPC server's; state is the batcher's."""
+
+    def __init__(
+        self,
+        batcher: Batcher,
+        config: MixtralConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        identity: rpc.Identity,
+        metrics: WorkerMetrics,
+    ) -> None:
+        self._batcher = batcher
+        self._config = config
+        self._dtype = dtype
+        self._device = device
+        self._identity = identity
+        self._metrics = metrics
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        """The service for a gRPC server. Compute's messages pass as raw bytes, for `wire`."""
+        return grpc.method_handlers_generic_handler(
+            rpc.EXPERT_SERVICE,
+            {
+                "Hello": grpc.unary_unary_rpc_method_handler(
+                    self._identity.answer,
+                    request_deserializer=peer_pb2.HelloRequest.FromString,
+                    response_serializer=peer_pb2.HelloReply.SerializeToString,
+                ),
+                "Compute": grpc.stream_stream_rpc_method_handler(self._compute),
+                "Metrics": grpc.unary_unary_rpc_method_handler(
+                    self._export,
+                    request_deserializer=peer_pb2.MetricsRequest.FromString,
+                    response_serializer=peer_pb2.MetricsReply.SerializeToString,
+                ),
+            },
+        )
+
+    def _compute(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        logger.info("%s: stream from %s opened", self._identity.name, context.peer())
+        for message in messages:
+            yield self._answer(message, context.peer())
+        logger.info("%s: stream from %s ended", self._identity.name, context.peer())
+
+    def _answer(self, message: bytes, peer: str) -> bytes:
+        """Reply to one call; a call that cannot be answered gets the reason, the stream goes on."""
+        started = time.perf_counter()
+        incarnation = self._identity.incarnation
+        try:
+            call = wire.decode_call(message, self._config, self._dtype)
+        except WireError as error:
+            logger.warning("%s: refused a call from %s: %s", self._identity.name, peer, error)
+            self._metrics.observe_call("invalid")
+            return wire.encode_error(
+                wire.call_id_of(message), incarnation, expert_pb2.ERROR_INVALID, str(error)
+            )
+        try:
+            sums_RD = self._batcher.compute(
+                call.layer, call.x_RD.to(self._device), call.assignments.to(self._device)
+            )
+        except NotHeldError as error:
+            self._metrics.observe_call("not_held")
+            return wire.encode_error(
+                call.call_id, incarnation, expert_pb2.ERROR_NOT_HELD, str(error)
+            )
+        except Exception as error:
+            logger.exception("%s: layer %d failed", self._identity.name, call.layer)
+            self._metrics.observe_call("internal")
+            return wire.encode_error(
+                call.call_id, incarnation, expert_pb2.ERROR_INTERNAL, repr(error)
+            )
+        self._metrics.observe_call("ok")
+        return wire.encode_reply(call.call_id, incarnation, sums_RD, time.perf_counter() - started)
+
+    def _export(
+        self, _request: peer_pb2.MetricsRequest, _context: grpc.ServicerContext
+    ) -> peer_pb2.MetricsReply:
+        return peer_pb2.MetricsReply(exposition=self._metrics.exposition())

@@ -1,0 +1,60 @@
+"""How heads and ingresses hear from the controller: one call that returns when something changes.
+
+If the controller is away, everybody goes on with the last view. Knows no Ray: the handle is given.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from cluster.placement import ClusterView
+
+logger = logging.getLogger(__name__)
+
+WATCH_S = 2.0
+"""The controller answers after this long even if nothing has changed."""
+
+RETRY_AFTER_S = 1.0
+
+
+@dataclass(frozen=True)
+class HeadReport:
+    """What a head replica tells the controller with every call.
+
+    address: where it takes requests, None while it is not ready. error: why it never will be.
+    """
+
+    name: str
+    address: str | None = None
+    error: str | None = None
+
+
+async def follow(
+    controller: Any,
+    on_view: Callable[[ClusterView], None],
+    head: Callable[[], HeadReport | None] = lambda: None,
+) -> NoReturn:
+    """Call `on_view` with every new view of the cluster, until cancelled.
+
+    controller: handle of the Controller deployment. head: the report of the caller, if it is one.
+    """
+    known = 0
+    is_away = False
+    while True:
+        try:
+            view = await asyncio.wait_for(controller.watch.remote(known, head()), 5 * WATCH_S)
+        except Exception as error:
+            # Whatever keeps the controller from answering, the plan is the same: ask again.
+            if not is_away:
+                logger.warning("the controller does not answer, going on without it: %r", error)
+            is_away = True
+            await asyncio.sleep(RETRY_AFTER_S)
+            continue
+        if is_away:
+            logger.warning("the controller answers again")
+        is_away = False
+        if view.version != known:
+            known = view.version
+            on_view(view)

@@ -1,0 +1,1 @@
+"""The head replica: attention, KV cache, scheduler, sampler; experts through `dispatch`."""

@@ -1,0 +1,267 @@
+"""The engine: one thread that owns scheduler, KV cache and decoder, and turns requests into tokens.
+
+Requests and aborts come in by one queue; tokens leave as one message per step and outbox. Knows no
+network: whoever submits hands in the outbox.
+"""
+
+import logging
+import queue
+import time
+from collections import defaultdict
+from collections.abc import Sequence as Many
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from cluster.errors import RequestError
+from cluster.head.scheduler import Chunk, Scheduler
+from cluster.head.sequence import Finish, Sequence
+from cluster.metrics import HeadMetrics, StepStats
+from model.batch import build_batch
+from model.decoder import Decoder
+from model.experts import Experts, PendingRows
+from model.kv_cache import KVCache
+from model.router import Routing
+from model.sampler import sample
+
+logger = logging.getLogger(__name__)
+
+RequestKey = int
+"""A request's number within its outbox."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """News of one request: new tokens, its end, or its failure.
+
+    error: the request failed and has ended; `is_refusal` says that it never could have worked.
+    """
+
+    key: RequestKey
+    token_ids: tuple[int, ...] = ()
+    finish: Finish | None = None
+    error: str | None = None
+    is_refusal: bool = False
+
+
+class Outbox(Protocol):
+    """Where the events of some requests go. Called from the engine's thread; must not block."""
+
+    def put(self, events: Many[Event]) -> None: ...
+
+
+@dataclass(frozen=True)
+class _Submit:
+    outbox: Outbox
+    key: RequestKey
+    sequence: Sequence
+
+
+@dataclass(frozen=True)
+class _Abort:
+    outbox: Outbox
+    key: RequestKey | None
+    """None: everything of this outbox."""
+
+
+@dataclass(frozen=True)
+class _Stop:
+    pass
+
+
+class TimedExperts:
+    """Experts that add up how long the decoder waited for them."""
+
+    def __init__(self, experts: Experts) -> None:
+        self._experts = experts
+        self.seconds = 0.0
+
+    def dispatch(self, layer: int, x_TD: Tensor, routing: Routing) -> PendingRows:
+        started = time.perf_counter()
+        pending = self._experts.dispatch(layer, x_TD, routing)
+        self.seconds += time.perf_counter() - started
+        return _TimedRows(pending, self)
+
+
+@dataclass(frozen=True)
+class _TimedRows:
+    pending: PendingRows
+    experts: TimedExperts
+
+    def wait(self) -> Tensor:
+        started = time.perf_counter()
+        rows_TD = self.pending.wait()
+        self.experts.seconds += time.perf_counter() - started
+        return rows_TD
+
+
+class Engine:
+    """Continuous batching: sequences join and leave between steps.
+
+    `run` is the owner thread's loop; `submit`, `abort`, `stop` may be called from any thread.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        cache: KVCache,
+        scheduler: Scheduler,
+        experts: Experts,
+        metrics: HeadMetrics,
+        *,
+        max_model_len: int,
+    ) -> None:
+        self._decoder = decoder
+        self._cache = cache
+        self._scheduler = scheduler
+        self._experts = experts
+        self._metrics = metrics
+        self._max_model_len = max_model_len
+        self._inbox: queue.SimpleQueue[_Submit | _Abort | _Stop] = queue.SimpleQueue()
+        self._requests: dict[tuple[Outbox, RequestKey], Sequence] = {}
+        self._addresses: dict[Sequence, tuple[Outbox, RequestKey]] = {}
+        self._is_stopping = False
+
+    def __repr__(self) -> str:
+        return f"Engine({self._scheduler})"
+
+    def submit(self, outbox: Outbox, key: RequestKey, sequence: Sequence) -> None:
+        """Take a request. Its events, a refusal included, go to `outbox`."""
+        self._inbox.put(_Submit(outbox, key, sequence))
+
+    def abort(self, outbox: Outbox, key: RequestKey | None = None) -> None:
+        """Forget one request, or all of an outbox. No event follows."""
+        self._inbox.put(_Abort(outbox, key))
+
+    def stop(self) -> None:
+        """End `run` after the step in progress; requests still open get an error."""
+        self._inbox.put(_Stop())
+
+    def run(self) -> None:
+        """Work until stopped. Only an error of our own making ends it early."""
+        while True:
+            self._take_messages()
+            if self._is_stopping:
+                break
+            if self._scheduler.has_work:
+                self._step()
+        self._fail(list(self._addresses), "the head replica is shutting down")
+
+    def _take_messages(self) -> None:
+        """Apply all queued messages; waits for one when there is nothing to compute."""
+        if not self._scheduler.has_work and self._inbox.empty():
+            self._scheduler.pool.check()
+            self._metrics.observe_idle(num_free_blocks=self._scheduler.pool.num_free)
+            self._apply(self._inbox.get())
+        while not self._inbox.empty():
+            self._apply(self._inbox.get())
+
+    def _apply(self, message: _Submit | _Abort | _Stop) -> None:
+        match message:
+            case _Submit(outbox, key, sequence):
+                self._accept(outbox, key, sequence)
+            case _Abort(outbox, key):
+                for address, sequence in list(self._requests.items()):
+                    if address[0] is outbox and key in (None, address[1]):
+                        self._forget(sequence)
+            case _Stop():
+                self._is_stopping = True
+
+    def _accept(self, outbox: Outbox, key: RequestKey, sequence: Sequence) -> None:
+        try:
+            self._check(sequence)
+            if (outbox, key) in self._requests:
+                raise RequestError(400, f"request {key} is already in progress")
+        except RequestError as error:
+            outbox.put([Event(key, error=error.message, is_refusal=True)])
+            return
+        self._requests[outbox, key] = sequence
+        self._addresses[sequence] = (outbox, key)
+        self._scheduler.add(sequence)
+
+    def _check(self, sequence: Sequence) -> None:
+        """Refuse what could never be computed. The ingress has checked, but is only a peer."""
+        vocab_size = self._decoder.config.vocab_size
+        if not sequence.prompt_ids:
+            raise RequestError(400, "the prompt holds no tokens")
+        if max(sequence.prompt_ids) >= vocab_size or min(sequence.prompt_ids) < 0:
+            raise RequestError(400, f"a prompt id is out of vocabulary ({vocab_size} ids)")
+        if sequence.max_len > self._max_model_len:
+            raise RequestError(
+                400,
+                f"{len(sequence.prompt_ids)} prompt tokens and {sequence.params.max_tokens} new "
+                f"ones exceed the context of {self._max_model_len} tokens",
+            )
+        if not self._scheduler.can_ever_fit(sequence):
+            raise RequestError(
+                400, f"{sequence.max_len} tokens do not fit into the KV cache; raise kv_cache_bytes"
+            )
+
+    def _step(self) -> None:
+        started = time.perf_counter()
+        chunks = self._scheduler.schedule()
+        timed = TimedExperts(self._experts)
+        try:
+            batch = build_batch(
+                [chunk.span() for chunk in chunks],
+                block_size=self._scheduler.pool.block_size,
+                device=self._decoder.device,
+            )
+            built = time.perf_counter()
+            logits_SV = self._decoder.forward(batch, self._cache, timed)
+            computed = time.perf_counter()
+            token_ids = self._sample(chunks, logits_SV)
+            sampled = time.perf_counter()
+        except Exception as error:
+            # These sequences are lost, whatever it was; the others and the engine go on.
+            logger.exception("a step of %d sequences failed", len(chunks))
+            self._fail([chunk.sequence for chunk in chunks], f"{type(error).__name__}: {error}")
+            return
+        emitted = self._scheduler.commit(chunks, token_ids)
+        self._publish(emitted)
+        ended = time.perf_counter()
+        self._metrics.observe(
+            StepStats(
+                num_tokens=batch.num_tokens,
+                num_sequences=len(chunks),
+                num_emitted=len(emitted),
+                num_waiting=len(self._scheduler.waiting),
+                num_free_blocks=self._scheduler.pool.num_free,
+                num_blocks=self._scheduler.pool.num_blocks,
+                forward_s=computed - built,
+                experts_s=timed.seconds,
+                sampling_s=sampled - computed,
+                host_s=(built - started) + (ended - sampled),
+            )
+        )
+
+    def _sample(self, chunks: list[Chunk], logits_SV: Tensor) -> list[int]:
+        """One token for each chunk that samples."""
+        sampling = [chunk.sequence for chunk in chunks if chunk.samples]
+        if not sampling:
+            return []
+        positions = [len(sequence.token_ids) for sequence in sampling]
+        return sample(logits_SV, [sequence.params for sequence in sampling], positions)
+
+    def _publish(self, emitted: list[Sequence]) -> None:
+        """One message to every outbox that has news."""
+        by_outbox: dict[Outbox, list[Event]] = defaultdict(list)
+        for sequence in emitted:
+            outbox, key = self._addresses[sequence]
+            event = Event(key, token_ids=(sequence.token_ids[-1],), finish=sequence.finish)
+            by_outbox[outbox].append(event)
+            if sequence.finish:
+                self._forget(sequence)
+        for outbox, events in by_outbox.items():
+            outbox.put(events)
+
+    def _fail(self, sequences: list[Sequence], message: str) -> None:
+        for sequence in sequences:
+            outbox, key = self._addresses[sequence]
+            self._forget(sequence)
+            outbox.put([Event(key, error=message)])
+
+    def _forget(self, sequence: Sequence) -> None:
+        self._scheduler.abort(sequence)
+        del self._requests[self._addresses.pop(sequence)]

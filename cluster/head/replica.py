@@ -1,0 +1,153 @@
+"""The Ray Serve deployment round the head: brings its parts up in order, and down again.
+
+Serve decides how many there are and watches their health; requests come in by gRPC, not through
+Serve. Loading happens on the engine's thread, so that the replica answers Serve meanwhile.
+"""
+
+import asyncio
+import logging
+import threading
+from typing import Any
+
+import grpc
+import torch
+from ray import serve
+
+from cluster import rpc
+from cluster.config import ServeConfig
+from cluster.follow import HeadReport, follow
+from cluster.head.dispatch import PlacementFeed, RemoteExperts
+from cluster.head.engine import Engine
+from cluster.head.probe import pass_through_every_expert
+from cluster.head.scheduler import Scheduler
+from cluster.head.service import HeadService
+from cluster.metrics import HeadMetrics
+from cluster.placement import ClusterView
+from model.blocks import BlockPool
+from model.decoder import Decoder
+from model.generate import torch_dtype
+from model.kv_cache import KVCache
+from model.weights import Checkpoint
+from protos import head_pb2_grpc
+
+logger = logging.getLogger(__name__)
+
+STOP_GRACE_S = 2.0
+
+
+class HeadReplica:
+    """One head. Threads: Serve's event loop follows the controller, `engine` does all the work."""
+
+    def __init__(self, config: ServeConfig, controller: Any) -> None:
+        """controller: handle of the Controller deployment. Must run on the replica's event loop."""
+        self._config = config
+        self._name = f"head-{serve.get_replica_context().replica_id.unique_id}"
+        self._controller = controller
+        self._report = HeadReport(self._name)
+        self._feed = PlacementFeed()
+        self._is_stopping = threading.Event()
+        self._engine: Engine | None = None
+        self._server: grpc.Server | None = None
+        self._loop = asyncio.get_running_loop()
+        self._follower = asyncio.create_task(
+            follow(controller, self._on_view, lambda: self._report)
+        )
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def __repr__(self) -> str:
+        return f"HeadReplica({self._name}, {self._report}, {self._engine})"
+
+    def check_health(self) -> None:
+        """Called by Serve; a head whose engine has ended is replaced."""
+        if self._report.error:
+            raise RuntimeError(self._report.error)
+
+    async def __del__(self) -> None:
+        """Called by Serve before it ends the replica."""
+        self._is_stopping.set()
+        self._follower.cancel()
+        if self._engine is not None:
+            self._engine.stop()
+        if self._server is not None:
+            self._server.stop(STOP_GRACE_S)
+        await asyncio.to_thread(self._thread.join, 2 * STOP_GRACE_S)
+
+    def _on_view(self, view: ClusterView) -> None:
+        if view.placement is not None:
+            self._feed.put(view.placement)
+
+    def _run(self) -> None:
+        """The engine thread's life."""
+        try:
+            self._serve()
+        except Exception as error:
+            # The thread's last word: Serve's health check and the controller pass it on.
+            logger.exception("%s: the engine has ended", self._name)
+            self._say(HeadReport(self._name, error=f"{type(error).__name__}: {error}"))
+
+    def _serve(self) -> None:
+        config = self._config
+        torch.set_num_threads(config.head_threads)
+        checkpoint = Checkpoint(
+            config.checkpoint_folder(), dtype=torch_dtype(config.dtype), device=config.device
+        )
+        decoder = Decoder(checkpoint.config, checkpoint.load_decoder())
+        identity = rpc.Identity(self._name, rpc.fingerprint(checkpoint.config, config.dtype))
+        experts = RemoteExperts(
+            self._feed,
+            identity,
+            timeout_s=config.expert_timeout_s,
+            recovery_timeout_s=config.recovery_timeout_s,
+        )
+        try:
+            while not experts.connect(timeout_s=1.0):
+                if self._is_stopping.is_set():
+                    return
+            pass_through_every_expert(decoder, experts)
+            metrics = HeadMetrics()
+            self._engine = self._new_engine(decoder, experts, metrics)
+            service = HeadService(self._engine, identity, metrics)
+            self._server, address = rpc.new_server(config.data_plane_host)
+            head_pb2_grpc.add_HeadServicer_to_server(service, self._server)
+            self._server.start()
+            self._say(HeadReport(self._name, address=address))
+            logger.info("%s: ready at %s with %s", self._name, address, self._engine)
+            self._engine.run()
+        finally:
+            experts.close()
+
+    def _new_engine(self, decoder: Decoder, experts: RemoteExperts, metrics: HeadMetrics) -> Engine:
+        config = self._config
+        max_model_len = config.max_model_len or decoder.config.max_position_embeddings
+        block_bytes = config.block_size * decoder.config.kv_bytes_per_token(decoder.dtype.itemsize)
+        # never more than all running sequences at full length can fill
+        useful_blocks = config.max_running_sequences * -(-max_model_len // config.block_size)
+        num_blocks = min(config.kv_cache_bytes // block_bytes, useful_blocks)
+        pool = BlockPool(num_blocks=num_blocks, block_size=config.block_size)
+        cache = KVCache(
+            decoder.config,
+            num_blocks=num_blocks,
+            block_size=config.block_size,
+            dtype=decoder.dtype,
+            device=decoder.device,
+        )
+        logger.info("%s: %s holds %d tokens", self._name, cache, num_blocks * config.block_size)
+        scheduler = Scheduler(
+            pool,
+            max_running=config.max_running_sequences,
+            max_tokens_per_step=config.max_tokens_per_step,
+        )
+        return Engine(decoder, cache, scheduler, experts, metrics, max_model_len=max_model_len)
+
+    def _say(self, report: HeadReport) -> None:
+        """Tell the controller at once, rather than with the next call of `follow`."""
+        self._report = report
+        asyncio.run_coroutine_threadsafe(self._tell(report), self._loop)
+
+    async def _tell(self, report: HeadReport) -> None:
+        try:
+            await self._controller.watch.remote(-1, report)
+        except Exception as error:
+            # `follow` repeats the report with its next call.
+            logger.info("%s: the controller did not take the report: %r", self._name, error)

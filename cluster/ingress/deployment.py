@@ -1,0 +1,131 @@
+"""The Ray Serve deployment round the HTTP API."""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+
+from cluster import rpc
+from cluster.config import ServeConfig
+from cluster.follow import follow
+from cluster.ingress.api import ApiSettings, create_app
+from cluster.ingress.heads import HeadPool
+from cluster.ingress.journal import Journal
+from cluster.metrics import IngressMetrics, merge
+from cluster.placement import ClusterView
+from cluster.schema import Readiness, WorkerStatus
+from model.chat import ChatFormat
+from model.config import MixtralConfig
+from model.tokenizer import Tokenizer
+
+
+class Ingress:
+    """One ingress. Serve builds its ASGI app by `__serve_build_asgi_app__`."""
+
+    def __init__(self, config: ServeConfig, controller: Any, heads: Any) -> None:
+        """controller: handle of the Controller deployment. heads: that of the HeadReplica
+        deployment, which Serve only deploys because somebody holds it; requests go by gRPC.
+        """
+        folder = config.checkpoint_folder()
+        model = MixtralConfig.from_folder(folder)
+        tokenizer = Tokenizer.from_folder(folder)
+        metrics = IngressMetrics()
+        name = f"ingress-{serve.get_replica_context().replica_id.unique_id}"
+        identity = rpc.Identity(name, rpc.fingerprint(model, config.dtype))
+        self._app = create_app(
+            Cluster(controller, HeadPool(identity), metrics, name),
+            tokenizer,
+            ChatFormat.from_folder(folder, tokenizer),
+            ApiSettings(
+                model_id=config.model_id(),
+                max_model_len=config.max_model_len or model.max_position_embeddings,
+                vocab_size=model.vocab_size,
+                eos_token_ids=model.eos_token_ids,
+                max_concurrent_requests=-(-config.max_concurrent_requests // config.num_ingresses),
+                max_body_bytes=config.max_body_bytes,
+            ),
+            metrics,
+        )
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return self._app
+
+
+class Cluster:
+    """The API's engine: the heads, as the controller last told. Owned by the event loop."""
+
+    def __init__(
+        self, controller: Any, heads: HeadPool, metrics: IngressMetrics, name: str
+    ) -> None:
+        self._controller = controller
+        self._heads = heads
+        self._metrics = metrics
+        self._name = name
+        self._view: ClusterView | None = None
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        follower = asyncio.create_task(follow(self._controller, self._on_view))
+        try:
+            yield
+        finally:
+            follower.cancel()
+            await asyncio.gather(follower, return_exceptions=True)
+            await self._heads.close()
+
+    def generate(self, journal: Journal) -> AsyncGenerator[tuple[int, ...], None]:
+        return self._heads.generate(journal)
+
+    def readiness(self) -> Readiness:
+        view = self._view
+        if view is None:
+            return Readiness(
+                ready=False,
+                phase="waiting for the controller",
+                percent=0,
+                epoch=0,
+                heads_ready=0,
+                heads_expected=0,
+                workers=[],
+            )
+        placement = view.placement
+        return Readiness(
+            ready=view.is_ready,
+            phase=view.phase,
+            percent=view.percent,
+            error=view.error,
+            epoch=placement.epoch if placement else 0,
+            heads_ready=len(view.heads),
+            heads_expected=view.heads_expected,
+            workers=[
+                WorkerStatus(
+                    name=worker.name,
+                    address=worker.address,
+                    num_experts=placement.num_experts_of(index),
+                    num_bytes=worker.num_bytes,
+                )
+                for index, worker in enumerate(placement.workers)
+            ]
+            if placement
+            else [],
+        )
+
+    async def metrics(self) -> str:
+        view = self._view
+        peers: list[tuple[str, str, str]] = []  # name, address, service
+        if view is not None:
+            peers += [(head.name, head.address, rpc.HEAD_SERVICE) for head in view.heads]
+            workers = view.placement.workers if view.placement else ()
+            peers += [(worker.name, worker.address, rpc.EXPERT_SERVICE) for worker in workers]
+        texts = await asyncio.gather(
+            *(rpc.scrape(address, service) for _, address, service in peers)
+        )
+        own = {self._name: self._metrics.exposition()}
+        return merge(own | {name: text for (name, _, _), text in zip(peers, texts, strict=True)})
+
+    def _on_view(self, view: ClusterView) -> None:
+        self._view = view
+        self._heads.update(view.heads)

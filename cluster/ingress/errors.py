@@ -1,0 +1,89 @@
+"""Every failure as OpenAI's nested error object, with the right status and no traceback."""
+
+import logging
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from cluster.errors import HeadUnavailableError, RequestError
+from cluster.schema import ErrorBody, ErrorDetail
+from model.errors import PromptError, SamplingError
+
+logger = logging.getLogger(__name__)
+
+_MAX_REPORTED = 5
+"""Validation errors named in one answer."""
+
+
+def as_request_error(error: Exception) -> RequestError:
+    """What to tell the caller about any failure. Unexpected ones are logged, not shown."""
+    match error:
+        case RequestError():
+            return error
+        case SamplingError():
+            return RequestError(400, str(error), param=error.field)
+        case PromptError():
+            return RequestError(400, str(error), param="prompt")
+        case HeadUnavailableError():
+            return RequestError(503, str(error), kind="service_unavailable", retry_after_s=1)
+        case RequestValidationError():
+            return _of_validation(error)
+        case HTTPException(status_code=status):
+            kind = "not_found_error" if status == 404 else "invalid_request_error"
+            return RequestError(status, str(error.detail), kind=kind)
+        case _:
+            logger.error("unexpected error", exc_info=error)
+            return RequestError(500, "internal error; see the server's log", kind="server_error")
+
+
+def error_body(error: RequestError) -> ErrorBody:
+    """OpenAI's error object."""
+    return ErrorBody(
+        error=ErrorDetail(
+            message=error.message, type=error.kind, param=error.param, code=error.code
+        )
+    )
+
+
+def install(app: FastAPI) -> None:
+    """Answer every error of the app this way."""
+
+    async def answer(request: Request, error: Exception) -> JSONResponse:
+        mapped = as_request_error(error)
+        headers = {"Retry-After": str(mapped.retry_after_s)} if mapped.retry_after_s else None
+        return JSONResponse(error_body(mapped).model_dump(), mapped.status, headers)
+
+    for kind in (
+        RequestError,
+        SamplingError,
+        PromptError,
+        HeadUnavailableError,
+        RequestValidationError,
+        HTTPException,
+        Exception,
+    ):
+        app.add_exception_handler(kind, answer)
+
+
+def _of_validation(error: RequestValidationError) -> RequestError:
+    """The first few things that are wrong with a body, each with its place."""
+    problems: dict[str, str] = {}
+    for item in error.errors():
+        if item["type"] == "json_invalid":
+            return RequestError(400, f"the body is not valid JSON: {item['ctx']['error']}")
+        # after the top field come pydantic's names of union members, which tell a caller nothing
+        field = str(item["loc"][1]) if len(item["loc"]) > 1 else "body"
+        problems.setdefault(field, _problem(item))
+    fields = list(problems)[:_MAX_REPORTED]
+    message = "; ".join(f"{field}: {problems[field]}" for field in fields)
+    return RequestError(400, message, param=fields[0] if fields else None)
+
+
+def _problem(item: dict[str, Any]) -> str:
+    given = repr(item.get("input"))
+    shown = given if len(given) <= 80 else given[:80] + "..."
+    message = str(item["msg"])
+    return message if item["type"] in ("missing", "value_error") else f"{message}, not {shown}"

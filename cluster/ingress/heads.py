@@ -1,0 +1,174 @@
+"""The ingress's side of the streams to the heads. Owned by the event loop; no text, no HTTP."""
+
+import asyncio
+import itertools
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+
+import grpc
+
+from cluster import rpc
+from cluster.errors import HandshakeError, HeadUnavailableError, RequestError
+from cluster.ingress.journal import Finish, Journal
+from cluster.placement import HeadInfo
+from protos import head_pb2, head_pb2_grpc
+
+logger = logging.getLogger(__name__)
+
+_FINISH: dict[int, Finish | None] = {
+    head_pb2.FINISH_NONE: None,
+    head_pb2.FINISH_STOP: "stop",
+    head_pb2.FINISH_LENGTH: "length",
+}
+
+
+class HeadConnection:
+    """One stream to one head, for all requests that this ingress sends there."""
+
+    def __init__(self, head: HeadInfo, identity: rpc.Identity) -> None:
+        """Starts connecting; must be created on the event loop."""
+        self.head = head
+        self.is_broken = False
+        self._identity = identity
+        self._channel = grpc.aio.insecure_channel(head.address, options=rpc.CHANNEL_OPTIONS)
+        self._stub = head_pb2_grpc.HeadStub(self._channel)
+        self._outgoing: asyncio.Queue[head_pb2.HeadRequest] = asyncio.Queue()
+        self._events: dict[int, asyncio.Queue[head_pb2.SequenceEvent | HeadUnavailableError]] = {}
+        self._ids = itertools.count(1)
+        self._reader = asyncio.create_task(self._read())
+
+    def __repr__(self) -> str:
+        return f"HeadConnection({self.head.name}, {self.num_open} open)"
+
+    @property
+    def num_open(self) -> int:
+        """Requests in progress there."""
+        return len(self._events)
+
+    async def generate(self, journal: Journal) -> AsyncGenerator[tuple[int, ...], None]:
+        """Run a journal on this head from where it stands; yields and records new ids.
+
+        Closing the iterator aborts the request at the head.
+        Raises HeadUnavailableError when the head is lost or fails, RequestError when it refuses.
+        """
+        if self.is_broken:
+            raise HeadUnavailableError(f"{self.head.name} is gone")
+        request_id = next(self._ids)
+        events = self._events[request_id] = asyncio.Queue()
+        self._outgoing.put_nowait(_submit(request_id, journal))
+        try:
+            while journal.finish is None:
+                event = await events.get()
+                if isinstance(event, HeadUnavailableError):
+                    raise event
+                if event.finish == head_pb2.FINISH_INVALID:
+                    raise RequestError(400, event.error)
+                if event.finish == head_pb2.FINISH_ERROR:
+                    raise HeadUnavailableError(f"{self.head.name}: {event.error}")
+                token_ids = tuple(event.token_ids)
+                journal.record(token_ids, _FINISH[event.finish])
+                yield token_ids
+        finally:
+            del self._events[request_id]
+            if journal.finish is None and not self.is_broken:
+                abort = head_pb2.Abort(request_id=request_id)
+                self._outgoing.put_nowait(head_pb2.HeadRequest(abort=abort))
+
+    async def close(self) -> None:
+        self._reader.cancel()
+        await asyncio.gather(self._reader, return_exceptions=True)
+        await self._channel.close()
+
+    async def _read(self) -> None:
+        """Shake hands, then pass each event to the request it belongs to."""
+        reason = "the stream has ended"
+        try:
+            reply = await self._stub.Hello(self._identity.hello(), timeout=rpc.HANDSHAKE_TIMEOUT_S)
+            self._identity.check(reply)
+            async for step in self._stub.Generate(self._requests()):
+                for event in step.events:
+                    if event.request_id in self._events:  # else aborted meanwhile
+                        self._events[event.request_id].put_nowait(event)
+        except grpc.RpcError as error:
+            reason = rpc.describe(error)
+        except HandshakeError as error:
+            reason = str(error)
+        finally:
+            self.is_broken = True
+            lost = HeadUnavailableError(f"{self.head.name} at {self.head.address}: {reason}")
+            for events in self._events.values():
+                events.put_nowait(lost)
+        logger.warning("%s", lost)
+
+    async def _requests(self) -> AsyncIterator[head_pb2.HeadRequest]:
+        while True:
+            yield await self._outgoing.get()
+
+
+class HeadPool:
+    """Connections to all heads that take requests. Owned by the event loop."""
+
+    def __init__(self, identity: rpc.Identity) -> None:
+        self._identity = identity
+        self._heads: Sequence[HeadInfo] = ()
+        self._connections: dict[HeadInfo, HeadConnection] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+
+    def __repr__(self) -> str:
+        return f"HeadPool({list(self._connections.values())})"
+
+    def update(self, heads: Sequence[HeadInfo]) -> None:
+        """Take note of the heads that there are now, and connect to new ones."""
+        self._heads = heads
+        self._refresh()
+
+    def generate(self, journal: Journal) -> AsyncGenerator[tuple[int, ...], None]:
+        """Run a journal on the head with the fewest open requests; see HeadConnection.
+
+        Raises HeadUnavailableError when there is no head.
+        """
+        self._refresh()
+        if not self._connections:
+            raise HeadUnavailableError("no head replica is connected")
+        return min(self._connections.values(), key=lambda c: c.num_open).generate(journal)
+
+    async def close(self) -> None:
+        self._heads = ()
+        closing = [*self._closing, *(c.close() for c in self._connections.values())]
+        self._connections = {}
+        await asyncio.gather(*closing)
+
+    def _refresh(self) -> None:
+        """Replace broken streams, drop heads that are gone, connect to those that are new.
+
+        A head that is no longer listed keeps its stream while requests are open on it: the
+        controller may be the one who lost sight of it.
+        """
+        for head, connection in list(self._connections.items()):
+            if connection.is_broken or (head not in self._heads and not connection.num_open):
+                del self._connections[head]
+                task = asyncio.create_task(connection.close())
+                self._closing.add(task)
+                task.add_done_callback(self._closing.discard)
+        for head in self._heads:
+            if head not in self._connections:
+                self._connections[head] = HeadConnection(head, self._identity)
+
+
+def _submit(request_id: int, journal: Journal) -> head_pb2.HeadRequest:
+    params = journal.params
+    return head_pb2.HeadRequest(
+        submit=head_pb2.Submit(
+            request_id=request_id,
+            token_ids=[*journal.prompt_ids, *journal.emitted_ids],
+            params=head_pb2.SamplingParams(
+                max_tokens=params.max_tokens - len(journal.emitted_ids),
+                temperature=params.temperature,
+                top_k=params.top_k,
+                top_p=params.top_p,
+                seed=params.seed,
+                choice=params.choice,
+                stop_token_ids=params.stop_token_ids,
+            ),
+        )
+    )

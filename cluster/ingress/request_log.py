@@ -1,0 +1,43 @@
+"""Per request: an id that the caller sees, a count and a time in the metrics. ASGI middleware."""
+
+import re
+import time
+import uuid
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cluster.metrics import IngressMetrics
+
+_SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
+class RequestLog:
+    """Gives every reply its X-Request-Id (the caller's own, if sane) and observes it."""
+
+    def __init__(self, app: ASGIApp, *, metrics: IngressMetrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get("x-request-id", "")
+        request_id = given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex
+        started = time.perf_counter()
+        status = 499  # what it stays when the caller hangs up before an answer
+
+        async def tagged(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+            await send(message)
+
+        try:
+            await self._app(scope, receive, tagged)
+        finally:
+            route = scope.get("route")  # unknown paths share one label
+            endpoint = getattr(route, "path", "other")
+            self._metrics.observe_request(endpoint, status, time.perf_counter() - started)

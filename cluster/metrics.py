@@ -1,0 +1,212 @@
+"""What is measured: facts as dataclasses, and every metric's name, unit and labels.
+
+Each process keeps a registry of its own; the ingress merges the texts of all (`merge`).
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+)
+from prometheus_client.core import Metric
+from prometheus_client.exposition import generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+logger = logging.getLogger(__name__)
+
+disable_created_metrics()  # a second series per counter that nobody charts
+
+_STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+_REQUEST_BUCKETS = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepStats:
+    """One step of a head's engine."""
+
+    num_tokens: int
+    """Tokens computed, prompt and new."""
+    num_sequences: int
+    num_emitted: int
+    """New tokens."""
+    num_waiting: int
+    """Sequences that could not be admitted yet."""
+    num_free_blocks: int
+    num_blocks: int
+    forward_s: float
+    """Forward pass, waiting for experts included."""
+    experts_s: float
+    """Of the forward pass: sending rows and waiting for their sums."""
+    sampling_s: float
+    host_s: float
+    """Scheduling, tensor building and publishing."""
+
+
+class Registry:
+    """A process's own metrics. Base of the three below."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+
+    def exposition(self) -> str:
+        """All metrics in Prometheus' text format."""
+        return generate_latest(self.registry).decode()
+
+
+class HeadMetrics(Registry):
+    """Of one head replica."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._tokens = Counter(
+            "maestrale_step_tokens",
+            "Tokens computed by forward passes, prompt and new",
+            registry=self.registry,
+        )
+        self._emitted = Counter(
+            "maestrale_generation_tokens", "New tokens emitted", registry=self.registry
+        )
+        self._seconds = Histogram(
+            "maestrale_step_seconds",
+            "Time of one engine step by part",
+            ["part"],
+            buckets=_STEP_BUCKETS,
+            registry=self.registry,
+        )
+        self._running = Gauge(
+            "maestrale_sequences_running", "Sequences in the last step", registry=self.registry
+        )
+        self._waiting = Gauge(
+            "maestrale_sequences_waiting", "Sequences not admitted yet", registry=self.registry
+        )
+        self._free_blocks = Gauge(
+            "maestrale_kv_blocks_free", "Free blocks of the KV cache", registry=self.registry
+        )
+        self._blocks = Gauge(
+            "maestrale_kv_blocks", "Blocks of the KV cache", registry=self.registry
+        )
+
+    def observe(self, stats: StepStats) -> None:
+        self._tokens.inc(stats.num_tokens)
+        self._emitted.inc(stats.num_emitted)
+        self._seconds.labels("forward").observe(stats.forward_s)
+        self._seconds.labels("experts").observe(stats.experts_s)
+        self._seconds.labels("sampling").observe(stats.sampling_s)
+        self._seconds.labels("host").observe(stats.host_s)
+        self._running.set(stats.num_sequences)
+        self._waiting.set(stats.num_waiting)
+        self._free_blocks.set(stats.num_free_blocks)
+        self._blocks.set(stats.num_blocks)
+
+    def observe_idle(self, *, num_free_blocks: int) -> None:
+        """No sequence is left."""
+        self._running.set(0)
+        self._waiting.set(0)
+        self._free_blocks.set(num_free_blocks)
+
+
+class WorkerMetrics(Registry):
+    """Of one expert worker."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._rows = Counter(
+            "maestrale_expert_rows",
+            "Rows that an expert computed",
+            ["layer", "expert"],
+            registry=self.registry,
+        )
+        self._calls = Counter(
+            "maestrale_expert_calls",
+            "Calls answered, by outcome",
+            ["outcome"],
+            registry=self.registry,
+        )
+        self._passes = Counter(
+            "maestrale_expert_passes",
+            "Passes over an expert's weights; rows per pass is how well calls are batched",
+            registry=self.registry,
+        )
+        self._seconds = Counter(
+            "maestrale_expert_compute_seconds", "Time spent computing", registry=self.registry
+        )
+
+    def observe_pass(self, layer: int, rows_by_expert: Mapping[int, int], seconds: float) -> None:
+        """One grouped computation of a layer's experts, possibly for several calls."""
+        for expert_id, rows in rows_by_expert.items():
+            self._rows.labels(str(layer), str(expert_id)).inc(rows)
+        self._passes.inc(len(rows_by_expert))
+        self._seconds.inc(seconds)
+
+    def observe_call(self, outcome: str) -> None:
+        """outcome: ok, invalid, not_held or internal."""
+        self._calls.labels(outcome).inc()
+
+
+class IngressMetrics(Registry):
+    """Of one ingress replica."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._requests = Counter(
+            "maestrale_requests",
+            "HTTP requests by endpoint and status",
+            ["endpoint", "status"],
+            registry=self.registry,
+        )
+        self._seconds = Histogram(
+            "maestrale_request_seconds",
+            "Time until the last byte of a reply",
+            ["endpoint"],
+            buckets=_REQUEST_BUCKETS,
+            registry=self.registry,
+        )
+        self._prompt_tokens = Counter(
+            "maestrale_prompt_tokens", "Prompt tokens of accepted requests", registry=self.registry
+        )
+        self.in_progress = Gauge(
+            "maestrale_requests_in_progress", "Completions in progress", registry=self.registry
+        )
+
+    def observe_request(self, endpoint: str, status: int, seconds: float) -> None:
+        self._requests.labels(endpoint, str(status)).inc()
+        self._seconds.labels(endpoint).observe(seconds)
+
+    def observe_prompt(self, num_tokens: int) -> None:
+        self._prompt_tokens.inc(num_tokens)
+
+
+@dataclass
+class _Merged:
+    families: dict[str, Metric] = field(default_factory=dict)
+
+    def collect(self) -> list[Metric]:
+        return list(self.families.values())
+
+
+def merge(expositions: Mapping[str, str]) -> str:
+    """One text out of those of several processes; each sample gets a `process` label.
+
+    expositions: text by process name. A text that does not parse is left out and logged.
+    """
+    merged = _Merged()
+    for process, text in expositions.items():
+        try:
+            families = list(text_string_to_metric_families(text))
+        except ValueError as error:
+            logger.warning("metrics of %s do not parse and are left out: %s", process, error)
+            continue
+        for family in families:
+            into = merged.families.setdefault(
+                family.name, Metric(family.name, family.documentation, family.type)
+            )
+            for sample in family.samples:
+                labels = {**sample.labels, "process": process}
+                into.add_sample(sample.name, labels, sample.value)
+    return generate_latest(merged).decode()

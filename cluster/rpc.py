@@ -1,0 +1,155 @@
+"""gRPC as every process of ours uses it: limits, the version handshake, serving, metrics.
+
+No torch: the ingress imports this.
+"""
+
+import hashlib
+import logging
+import secrets
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+from importlib.metadata import version
+
+import grpc
+
+from cluster import PROTOCOL_VERSION
+from cluster.errors import ConfigurationError, HandshakeError
+from model.config import MixtralConfig
+from protos import expert_pb2, head_pb2, peer_pb2
+
+logger = logging.getLogger(__name__)
+
+BUILD = version("maestrale")
+
+EXPERT_SERVICE = expert_pb2.DESCRIPTOR.services_by_name["Expert"].full_name
+HEAD_SERVICE = head_pb2.DESCRIPTOR.services_by_name["Head"].full_name
+
+MAX_MESSAGE_BYTES = 256 * 2**20
+"""Largest message on any stream. A step of 8,192 tokens of Mixtral-8x7B in float32 takes half."""
+
+MAX_STREAMS = 64
+"""Peers that may be connected to one server at a time; each holds a thread."""
+
+HANDSHAKE_TIMEOUT_S = 10.0
+SCRAPE_TIMEOUT_S = 2.0
+
+CHANNEL_OPTIONS: list[tuple[str, int]] = [
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    # Each channel has a connection of its own, so that a broken one never lingers in a shared pool.
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.enable_http_proxy", 0),
+    # A peer that is paused or cut off answers no ping: the stream then breaks, instead of waiting.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.max_pings_without_data", 0),
+]
+"""For channels and servers alike."""
+
+
+def new_incarnation() -> int:
+    """A random number that tells this process from every other, 64 bits, never 0."""
+    return secrets.randbits(64) or 1
+
+
+def fingerprint(config: MixtralConfig, dtype: str | None) -> str:
+    """Digest of what two processes must agree on to exchange rows.
+
+    dtype: what rows travel in, None for the checkpoint's own.
+    """
+    facts = sorted(asdict(replace(config, dtype=dtype or config.dtype)).items())
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+
+
+class Identity:
+    """Who this process is, to its peers."""
+
+    def __init__(self, name: str, model_fingerprint: str) -> None:
+        self.name = name
+        self.fingerprint = model_fingerprint
+        self.incarnation = new_incarnation()
+
+    def hello(self) -> peer_pb2.HelloRequest:
+        """What to say when calling."""
+        return peer_pb2.HelloRequest(
+            protocol=PROTOCOL_VERSION, build=BUILD, peer=self.name, fingerprint=self.fingerprint
+        )
+
+    def answer(
+        self, request: peer_pb2.HelloRequest, context: grpc.ServicerContext
+    ) -> peer_pb2.HelloReply:
+        """What to say when called; ends the call with FAILED_PRECONDITION on a mismatch."""
+        mismatch = self.mismatch(request)
+        if mismatch:
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, mismatch)
+        return peer_pb2.HelloReply(
+            protocol=PROTOCOL_VERSION,
+            build=BUILD,
+            peer=self.name,
+            fingerprint=self.fingerprint,
+            incarnation=self.incarnation,
+        )
+
+    def check(self, reply: peer_pb2.HelloReply) -> None:
+        """Raise HandshakeError unless the answering peer matches."""
+        mismatch = self.mismatch(reply)
+        if mismatch:
+            raise HandshakeError(mismatch)
+
+    def mismatch(self, peer: peer_pb2.HelloRequest | peer_pb2.HelloReply) -> str | None:
+        """Why this peer must be refused, or None."""
+        if peer.protocol != PROTOCOL_VERSION:
+            return (
+                f"{self.name} (maestrale {BUILD}) speaks protocol {PROTOCOL_VERSION}, "
+                f"{peer.peer or 'the peer'} (maestrale {peer.build or '?'}) speaks {peer.protocol}"
+            )
+        if peer.fingerprint != self.fingerprint:
+            return (
+                f"{self.name} serves model {self.fingerprint}, {peer.peer or 'the peer'} serves "
+                f"{peer.fingerprint}: configuration or dtype differ"
+            )
+        return None
+
+
+def new_server(host: str) -> tuple[grpc.Server, str]:
+    """A gRPC server on a free port of `host`, not started yet, and its address.
+
+    Raises ConfigurationError when nothing can listen there.
+    """
+    server = grpc.server(
+        # two threads per peer: one reads its stream, one writes it
+        ThreadPoolExecutor(max_workers=2 * MAX_STREAMS + 4, thread_name_prefix="grpc"),
+        options=CHANNEL_OPTIONS,
+        maximum_concurrent_rpcs=MAX_STREAMS + 4,
+    )
+    bracketed = f"[{host}]" if ":" in host else host
+    try:
+        port = server.add_insecure_port(f"{bracketed}:0")
+    except RuntimeError as error:
+        raise ConfigurationError(f"cannot listen on {host}: {error}") from error
+    return server, f"{bracketed}:{port}"
+
+
+def describe(error: grpc.RpcError) -> str:
+    """A gRPC error in one line: code and details."""
+    code = getattr(error, "code", lambda: None)()
+    details = getattr(error, "details", lambda: None)()
+    name = code.name if isinstance(code, grpc.StatusCode) else type(error).__name__
+    return f"{name}: {details}" if details else name
+
+
+async def scrape(address: str, service: str) -> str:
+    """A peer's metrics as text; empty when it does not answer."""
+    async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
+        call = channel.unary_unary(
+            f"/{service}/Metrics",
+            request_serializer=peer_pb2.MetricsRequest.SerializeToString,
+            response_deserializer=peer_pb2.MetricsReply.FromString,
+        )
+        try:
+            reply = await call(peer_pb2.MetricsRequest(), timeout=SCRAPE_TIMEOUT_S)
+        except grpc.RpcError as error:
+            logger.warning("no metrics from %s: %s", address, describe(error))
+            return ""
+        return str(reply.exposition)

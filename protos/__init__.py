@@ -1,0 +1,1 @@
+"""The contract between processes, and the code generated from it (`make protos`)."""
