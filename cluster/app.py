@@ -23,14 +23,16 @@ from ray.util import list_named_actors
 from cluster.client import Client
 from cluster.config import ServeConfig
 from cluster.controller import NAMESPACE, Controller
-from cluster.errors import APIConnectionError, ConfigurationError, StartError
-from cluster.schema import Readiness
+from cluster.errors import APIError, ConfigurationError, StartError
 from model.config import MixtralConfig
 from model.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
 APP_NAME = "maestrale"
+
+OnPhase = Callable[[str, int], None]
+"""Called with what is being done at the start, and how many percent of it are."""
 
 RELEASE_TIMEOUT_S = 10.0
 """How long workers may take to end once the application is deleted."""
@@ -98,49 +100,73 @@ def running(
     port: int = 8000,
     address: str | None = None,
     verbose: bool = False,
-    on_progress: Callable[[Readiness], None] = lambda readiness: None,
+    on_phase: OnPhase = lambda phase, percent: None,
 ) -> Iterator[Client]:
     """Serve until the block is left; then stop everything that was started for it.
 
-    port:        0 takes a free one.
-    address:     of a Ray cluster to join; None starts a Ray of our own on this machine.
-    on_progress: called with every news of the start.
+    port:     0 takes a free one.
+    address:  of a Ray cluster to join; None starts a Ray of our own on this machine.
+    on_phase: called with every news of the start.
     Raises ConfigurationError or ModelError before anything is started, StartError after.
     """
     check_checkpoint(config)
     port = free_port(host) if port == 0 else port
     check_port(host, port)
+    on_phase("starting Ray", 0)
     with _ray(address, config, verbose=verbose):
         try:
+            on_phase("starting Ray Serve", 0)
             serve.start(
                 proxy_location=ProxyLocation.HeadOnly,
                 http_options=HTTPOptions(host=host, port=port),
             )
-            serve.run(build(config), name=APP_NAME, route_prefix="/")
+            deploying = _Deploying(config)
             with Client(f"http://{_reachable(host)}:{port}") as client:
-                wait_until_ready(client, on_progress)
+                _wait_until_ready(client, deploying, on_phase)
                 yield client
         finally:
             _stop_serving()
 
 
-def wait_until_ready(client: Client, on_progress: Callable[[Readiness], None]) -> None:
-    """Return when the service is ready. Raises StartError when it says that it never will be."""
-    shown: Readiness | None = None
-    while True:
+class _Deploying(threading.Thread):
+    """`serve.run`, which returns when all deployments are healthy, on a thread of its own.
+
+    The ingress answers long before that, and says how far everything is.
+    """
+
+    def __init__(self, config: ServeConfig) -> None:
+        super().__init__(name="deploying", daemon=True)
+        self._config = config
+        self.error: Exception | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            serve.run(build(self._config), name=APP_NAME, route_prefix="/")
+        except Exception as error:
+            # handed over: the thread that waits raises it
+            self.error = error
+
+
+def _wait_until_ready(client: Client, deploying: _Deploying, on_phase: OnPhase) -> None:
+    """Return when the service is ready. Raises StartError when it never will be."""
+    shown: tuple[str, int] | None = None
+    is_ready = False
+    while not is_ready or deploying.is_alive():
+        if deploying.error:
+            raise StartError(str(deploying.error)) from deploying.error
+        time.sleep(0.1)
         try:
             readiness = client.ready()
-        except APIConnectionError:
-            time.sleep(0.1)  # the proxy is still starting
-            continue
-        if readiness != shown:
-            shown = readiness
-            on_progress(readiness)
-            if readiness.ready:
-                return
-            if readiness.error:
-                raise StartError(readiness.error)
-        time.sleep(0.1)
+        except APIError:
+            continue  # the proxy listens before the ingress is there
+        is_ready = readiness.ready
+        state = (readiness.phase, readiness.percent)
+        if state != shown:
+            on_phase(*state)
+        shown = state
+        if readiness.error:
+            raise StartError(readiness.error)
 
 
 def check_port(host: str, port: int) -> None:
@@ -182,6 +208,7 @@ def _ray(address: str | None, config: ServeConfig, *, verbose: bool) -> Iterator
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     folder = tempfile.mkdtemp(prefix="maestrale-")
+    keep_logs = False
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(
@@ -196,10 +223,12 @@ def _ray(address: str | None, config: ServeConfig, *, verbose: bool) -> Iterator
             signal.signal(signal.SIGTERM, on_sigterm)  # ray.init takes it for itself
         yield
     except StartError as error:
+        keep_logs = True
         raise StartError(f"{error} (logs are kept in {folder})") from error
     finally:
         ray.shutdown()
-    shutil.rmtree(folder, ignore_errors=True)
+        if not keep_logs:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _cpus_wanted(config: ServeConfig) -> float:

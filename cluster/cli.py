@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -135,7 +136,7 @@ def serve(
             port=port,
             address=address,
             verbose=verbose,
-            on_progress=_ProgressLines().show,
+            on_phase=_ProgressLines().show,
         ) as client,
     ):
         _print_placement(client.ready())
@@ -159,9 +160,7 @@ def demo(
     lines = _ProgressLines()
     with (
         _stopped_by_signals(),
-        running(
-            _config(num_workers=2), port=port, verbose=verbose, on_progress=lines.show
-        ) as client,
+        running(_config(num_workers=2), port=port, verbose=verbose, on_phase=lines.show) as client,
     ):
         _print_placement(client.ready())
         _tell_story(client, max_tokens)
@@ -171,18 +170,13 @@ def demo(
 
 
 class _ProgressLines:
-    """One line per phase, with the time since the start; percents only where they move."""
+    """One line per news of the start, with the time since its beginning."""
 
     def __init__(self) -> None:
         self._started = time.monotonic()
-        self._shown: tuple[str, int] | None = None
-        self.line("starting Ray and Ray Serve")
 
-    def show(self, readiness: Readiness) -> None:
-        state = (readiness.phase, readiness.percent)
-        if state != self._shown:
-            self._shown = state
-            self.line(f"{readiness.phase}, {readiness.percent} %")
+    def show(self, phase: str, percent: int) -> None:
+        self.line(f"{phase}, {percent} %" if percent else phase)
 
     def line(self, text: str) -> None:
         console.print(f"[dim]{time.monotonic() - self._started:6.1f} s[/dim]  {text}")
@@ -253,15 +247,13 @@ def _config(**fields: Any) -> ServeConfig:
 
 
 def _need_server_extra() -> None:
-    try:
-        import ray
-        import torch
-    except ModuleNotFoundError as error:
+    """Raise ConfigurationError where only the base install is there."""
+    missing = [name for name in ("ray", "torch", "grpc") if find_spec(name) is None]
+    if missing:
         raise ConfigurationError(
-            f"this command needs {error.name}, which the base install leaves out: "
+            f"this command needs {', '.join(missing)}, which the base install leaves out: "
             "pip install 'maestrale[server]'"
-        ) from error
-    del ray, torch
+        )
 
 
 @contextmanager

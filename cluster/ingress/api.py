@@ -416,16 +416,17 @@ class _Api:
         )
 
 
-def _prompts(body: CompletionRequest) -> Sequence[str | list[int]]:
+def _prompts(body: CompletionRequest) -> list[str | list[int]]:
     """The prompts of a body, whichever of the four forms it has."""
     prompt = body.prompt
     if isinstance(prompt, str):
         return [prompt]
-    if prompt and isinstance(prompt[0], int):
-        return [prompt]  # type: ignore[list-item]  # a list of ids is one prompt
+    ids = [item for item in prompt if isinstance(item, int)]
+    if ids:
+        return [ids]
     if not prompt:
         raise RequestError(400, "prompt: must not be empty", param="prompt")
-    return prompt  # type: ignore[return-value]
+    return [item for item in prompt if not isinstance(item, int)]
 
 
 async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:

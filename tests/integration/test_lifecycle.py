@@ -1,0 +1,157 @@
+"""Starting, failing, being killed, and leaving nothing behind."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from model import Mixtral
+from tests.integration.conftest import Service
+from tests.integration.test_service import PROMPT, until
+
+
+def run(*arguments: str, timeout_s: float = 100) -> subprocess.CompletedProcess[str]:
+    """The command line, to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", "cluster.cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
+
+
+def descendants(pid: int) -> list[psutil.Process]:
+    return psutil.Process(pid).children(recursive=True)
+
+
+def listening(processes: list[psutil.Process]) -> list[str]:
+    """What these processes listen on: ports and socket files."""
+    found = []
+    for process in processes:
+        for kind in ("inet", "unix"):
+            for connection in process.net_connections(kind):
+                if connection.status == psutil.CONN_LISTEN:
+                    found.append(f"port {connection.laddr.port}")
+                elif kind == "unix" and connection.laddr:
+                    found.append(connection.laddr)
+    return found
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_no_process_and_no_socket(signum: int) -> None:
+    service = Service.start("--dtype", "float32")
+    everything = descendants(service.process.pid)
+    names = {name for process in everything for name in process.cmdline()[:1]}
+    assert any("ExpertWorker" in name for name in names), names
+    assert any("HeadReplica" in name for name in names), names
+    assert any("Ingress" in name for name in names), names
+    assert any("Controller" in name for name in names), names
+    sockets = listening(everything)
+    files = [name for name in sockets if name.startswith("/") and os.path.exists(name)]
+    assert files
+
+    assert service.stop(signum) == 0
+    _, alive = psutil.wait_procs(everything, timeout=10)
+    assert not alive
+    assert not [name for name in files if os.path.exists(name)]
+
+
+def test_a_killed_worker_is_replaced_and_the_stream_goes_on(
+    service: Service, mixtral: Mixtral
+) -> None:
+    """Runs on the shared service: it must be as good as new afterwards."""
+    expected = mixtral.generate(PROMPT, max_tokens=400)
+    with service.client() as client:
+        epoch = client.ready().epoch
+        workers = [
+            process
+            for process in descendants(service.process.pid)
+            if "ExpertWorker" in "".join(process.cmdline()[:1])
+        ]
+        assert len(workers) == 2
+        text = ""
+        with client.completions.create(
+            prompt=PROMPT, max_tokens=400, temperature=0, stream=True
+        ) as chunks:
+            for index, chunk in enumerate(chunks):
+                text += chunk.choices[0].text
+                if index == 5:
+                    workers[1].kill()
+        assert text == expected
+        until(lambda: client.ready().epoch == epoch + 1, "the placement after the kill")
+
+
+def test_a_port_in_use_is_said_before_anything_starts() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        ended = run("serve", "--port", port)
+    assert ended.returncode == 1
+    assert f"cannot listen on 127.0.0.1:{port}" in ended.stderr
+    assert "--port" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("missing", ["config.json", "tokenizer.model"])
+def test_a_missing_checkpoint_file_is_named(
+    tmp_path: Path, tiny_folder: Path, missing: str
+) -> None:
+    copy_checkpoint(tiny_folder, tmp_path, without=missing)
+    ended = run("serve", "--model", str(tmp_path), "--port", "0")
+    assert ended.returncode == 1
+    assert missing in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_broken_weight_file_stops_the_start_and_says_why(
+    tmp_path: Path, tiny_folder: Path
+) -> None:
+    copy_checkpoint(tiny_folder, tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1_000_000])
+    ended = run("serve", "--model", str(tmp_path), "--port", "0")
+    assert ended.returncode == 1
+    assert "model.safetensors" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def copy_checkpoint(source: Path, target: Path, *, without: str = "") -> None:
+    for file in source.iterdir():
+        if file.name != without:
+            (target / file.name).write_bytes(file.read_bytes())
+
+
+def test_the_demo_tells_a_story_and_ends() -> None:
+    ended = run("demo", "--max-tokens", "40")
+    assert ended.returncode == 0, ended.stderr
+    assert "Once upon a time, there was a" in ended.stdout
+    for part in ("loading experts", "ready, 100 %", "Placement, epoch 1", "first token after"):
+        assert part in ended.stdout
+    for worker in ("maestrale-worker-0", "maestrale-worker-1"):
+        assert f"{worker} computed" in ended.stdout
+
+
+def test_generate_local_needs_no_server(mixtral: Mixtral) -> None:
+    ended = run(
+        "generate", "--local", "--dtype", "float32", "--prompt", PROMPT, "--max-tokens", "9"
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout == PROMPT + mixtral.generate(PROMPT, max_tokens=9) + "\n"
+
+
+def test_generate_asks_a_server(service: Service, mixtral: Mixtral) -> None:
+    ended = run("generate", "--url", service.url, "--prompt", PROMPT, "--max-tokens", "9")
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout == PROMPT + mixtral.generate(PROMPT, max_tokens=9) + "\n"
+
+
+def test_generate_without_a_server_says_where_it_looked() -> None:
+    ended = run("generate", "--url", "http://127.0.0.1:9")
+    assert ended.returncode == 1
+    assert "http://127.0.0.1:9" in ended.stderr
+    assert "Traceback" not in ended.stderr

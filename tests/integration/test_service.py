@@ -1,0 +1,245 @@
+"""The whole service through its front door: Serve, ingress, head, two workers on Ray."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import openai
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from cluster.client import Client
+from cluster.errors import BadRequestError, NotFoundError
+from model import Mixtral
+from tests.integration.conftest import Service
+
+PROMPT = "Once upon a time"
+
+
+@pytest.fixture(scope="module")
+def openai_client(service: Service) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{service.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def http(service: Service) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=service.url, timeout=60) as client:
+        yield client
+
+
+def counted(client: Client, name: str) -> float:
+    """Sum of a metric over all processes and labels."""
+    return sum(
+        sample.value
+        for family in text_string_to_metric_families(client.metrics())
+        for sample in family.samples
+        if sample.name == name
+    )
+
+
+def until(condition: Callable[[], bool], what: str, timeout_s: float = 20) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {timeout_s} s for {what}"
+        time.sleep(0.05)
+
+
+def test_ready_says_where_the_experts_are(client: Client) -> None:
+    readiness = client.ready()
+    assert readiness.ready
+    assert (readiness.phase, readiness.percent, readiness.epoch) == ("ready", 100, 1)
+    assert [worker.num_experts for worker in readiness.workers] == [24, 24]
+
+
+def test_greedy_text_is_the_librarys(client: Client, mixtral: Mixtral) -> None:
+    reply = client.completions.create(prompt=PROMPT, max_tokens=60, temperature=0)
+    assert reply.choices[0].text == mixtral.generate(PROMPT, max_tokens=60)
+    assert reply.choices[0].finish_reason == "length"
+    assert reply.usage is not None
+    assert (reply.usage.prompt_tokens, reply.usage.completion_tokens) == (5, 60)
+
+
+def test_a_seeded_draw_is_the_librarys(client: Client, mixtral: Mixtral) -> None:
+    reply = client.completions.create(prompt=PROMPT, max_tokens=60, temperature=0.9, seed=11)
+    expected = mixtral.generate(PROMPT, max_tokens=60, temperature=0.9, seed=11)
+    assert reply.choices[0].text == expected
+
+
+def test_openai_completion_streamed_and_plain(openai_client: openai.OpenAI) -> None:
+    plain = openai_client.completions.create(
+        model="tiny-mixtral", prompt=PROMPT, max_tokens=30, temperature=0
+    )
+    streamed = openai_client.completions.create(
+        model="tiny-mixtral", prompt=PROMPT, max_tokens=30, temperature=0, stream=True
+    )
+    chunks = [chunk.choices[0] for chunk in streamed]
+    assert "".join(chunk.text for chunk in chunks) == plain.choices[0].text
+    assert [chunk.finish_reason for chunk in chunks if chunk.finish_reason] == ["length"]
+
+
+def test_openai_chat_streamed_and_plain(openai_client: openai.OpenAI) -> None:
+    question = [{"role": "user", "content": "What does a cow say?"}]
+    plain = openai_client.chat.completions.create(
+        model="tiny-mixtral", messages=question, temperature=0
+    )
+    assert plain.choices[0].message.content == "A cow says moo."
+    assert plain.choices[0].finish_reason == "stop"
+    streamed = openai_client.chat.completions.create(
+        model="tiny-mixtral",
+        messages=question,
+        temperature=0,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    chunks = list(streamed)
+    assert chunks[0].choices[0].delta.role == "assistant"
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert text == "A cow says moo."
+    assert chunks[-1].usage == plain.usage
+
+
+def test_openai_lists_the_model(openai_client: openai.OpenAI) -> None:
+    assert [model.id for model in openai_client.models.list()] == ["tiny-mixtral"]
+    assert openai_client.models.retrieve("tiny-mixtral").owned_by == "maestrale"
+    with pytest.raises(openai.NotFoundError):
+        openai_client.models.retrieve("nope")
+
+
+def test_openai_errors_have_its_own_classes(openai_client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError) as missing:
+        openai_client.completions.create(model="nope", prompt=PROMPT)
+    assert missing.value.code == "model_not_found"
+    assert missing.value.request_id
+    with pytest.raises(openai.BadRequestError) as bad:
+        openai_client.completions.create(model="tiny-mixtral", prompt=PROMPT, max_tokens=-1)
+    assert bad.value.param == "max_tokens"
+
+
+def test_sixteen_streams_are_batched_and_each_is_what_it_is_alone(
+    client: Client, mixtral: Mixtral
+) -> None:
+    words = ("cat", "dog", "bird", "fish", "boy", "girl", "tree", "ball")
+    prompts = [f"{start} there was a {word}" for start in (PROMPT, "One day") for word in words]
+    alone = [mixtral.generate(prompt, max_tokens=80) for prompt in prompts]
+
+    def tell(prompt: str) -> str:
+        with client.completions.create(
+            prompt=prompt, max_tokens=80, temperature=0, stream=True
+        ) as chunks:
+            return "".join(chunk.choices[0].text for chunk in chunks)
+
+    def rows_per_call() -> tuple[float, float]:
+        return (
+            counted(client, "maestrale_expert_rows_total"),
+            counted(client, "maestrale_expert_calls_total"),
+        )
+
+    rows_before, calls_before = rows_per_call()
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        together = list(pool.map(tell, prompts))
+    rows, calls = rows_per_call()
+    assert together == alone
+    # alone, a decode step sends at most two rows per call: one token to its two experts
+    assert (rows - rows_before) / (calls - calls_before) > 4
+
+
+def test_a_streams_text_arrives_while_it_is_made(client: Client) -> None:
+    with client.completions.create(
+        prompt=PROMPT, max_tokens=300, temperature=0, stream=True
+    ) as chunks:
+        next(iter(chunks))
+        assert counted(client, "maestrale_requests_in_progress") == 1
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_hanging_up_ends_the_request_in_the_engine(
+    client: Client, service: Service, streamed: bool
+) -> None:
+    emitted_before = counted(client, "maestrale_generation_tokens_total")
+    body = {"prompt": PROMPT, "max_tokens": 490, "temperature": 0, "stream": streamed}
+    with httpx.Client(base_url=service.url) as http:
+        if streamed:
+            with http.stream("POST", "/v1/completions", json=body, timeout=30) as response:
+                next(response.iter_bytes())
+        else:
+            with pytest.raises(httpx.ReadTimeout):
+                http.post("/v1/completions", json=body, timeout=0.5)
+
+    def is_free() -> bool:
+        free = counted(client, "maestrale_kv_blocks_free")
+        return free == counted(client, "maestrale_kv_blocks") and not counted(
+            client, "maestrale_requests_in_progress"
+        )
+
+    until(is_free, "the aborted request's blocks")
+    assert counted(client, "maestrale_generation_tokens_total") - emitted_before < 490
+
+
+BAD_BODIES = [
+    ({"prompt": ""}, 400, "prompt"),
+    ({"prompt": []}, 400, "prompt"),
+    ({"prompt": [999_999]}, 400, "prompt"),
+    ({"prompt": [-1]}, 400, "prompt"),
+    ({}, 400, "prompt"),
+    ({"prompt": PROMPT, "max_tokens": -1}, 400, "max_tokens"),
+    ({"prompt": PROMPT, "max_tokens": 100_000}, 400, "max_tokens"),
+    ({"prompt": "word " * 600}, 400, "prompt"),
+    ({"prompt": "word " * 600, "stream": True}, 400, "prompt"),
+    ({"prompt": PROMPT, "temperature": -0.1}, 400, "temperature"),
+    ({"prompt": PROMPT, "top_p": 0}, 400, "top_p"),
+    ({"prompt": PROMPT, "seed": 2**63}, 400, "seed"),
+    ({"prompt": PROMPT, "stop": [""]}, 400, "stop"),
+    ({"prompt": PROMPT, "logprobs": 3}, 400, "logprobs"),
+    ({"prompt": PROMPT, "model": "nope"}, 404, "model"),
+]
+
+
+@pytest.mark.parametrize(("body", "status", "param"), BAD_BODIES)
+def test_a_bad_body_gets_one_clear_error(
+    http: httpx.Client, body: dict[str, object], status: int, param: str
+) -> None:
+    response = http.post("/v1/completions", json=body)
+    assert response.status_code == status
+    error = response.json()["error"]
+    assert error["param"] == param
+    assert error["message"]
+    assert response.headers["x-request-id"]
+
+
+def test_invalid_json_and_oversized_bodies_are_refused(http: httpx.Client) -> None:
+    json_header = {"Content-Type": "application/json"}
+    broken = http.post("/v1/completions", content=b"{nope", headers=json_header)
+    assert (broken.status_code, "JSON" in broken.json()["error"]["message"]) == (400, True)
+    huge = json.dumps({"prompt": "a" * (5 * 2**20)}).encode()
+    oversized = http.post("/v1/completions", content=huge, headers=json_header)
+    assert (oversized.status_code, "larger" in oversized.json()["error"]["message"]) == (413, True)
+
+
+def test_roles_must_alternate(client: Client) -> None:
+    twice = [{"role": "user", "content": "Hi"}, {"role": "user", "content": "Hello?"}]
+    with pytest.raises(BadRequestError, match="alternate") as error:
+        client.chat.completions.create(messages=twice)
+    assert error.value.param == "messages"
+
+
+def test_after_all_that_the_server_still_serves(client: Client, mixtral: Mixtral) -> None:
+    with pytest.raises(NotFoundError):
+        client.models.retrieve("nope")
+    reply = client.completions.create(prompt=PROMPT, max_tokens=10, temperature=0)
+    assert reply.choices[0].text == mixtral.generate(PROMPT, max_tokens=10)
+
+
+def test_metrics_name_requests_tokens_and_rows(client: Client) -> None:
+    client.completions.create(prompt=PROMPT, max_tokens=4, temperature=0)
+    for name in (
+        "maestrale_requests_total",
+        "maestrale_prompt_tokens_total",
+        "maestrale_generation_tokens_total",
+        "maestrale_expert_rows_total",
+        "maestrale_expert_passes_total",
+        "maestrale_step_seconds_count",
+    ):
+        assert counted(client, name) > 0, name

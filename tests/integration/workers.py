@@ -1,0 +1,70 @@
+"""Expert workers without Ray: the service, its batcher and a real gRPC server, in this process."""
+
+from cluster import rpc
+from cluster.expert.batcher import Batcher
+from cluster.expert.service import ExpertService
+from cluster.head.dispatch import PlacementFeed, RemoteExperts
+from cluster.metrics import WorkerMetrics
+from cluster.placement import Placement, Table, WorkerInfo, held_by, plan
+from model.weights import Checkpoint
+
+
+def table_of(checkpoint: Checkpoint, num_workers: int = 2) -> Table:
+    """The placement that the controller would make."""
+    return plan(
+        num_layers=checkpoint.config.num_hidden_layers,
+        num_experts=checkpoint.config.num_local_experts,
+        expert_bytes=checkpoint.expert_bytes,
+        budgets=[None] * num_workers,
+    )
+
+
+def dtype_name(checkpoint: Checkpoint) -> str:
+    return str(checkpoint.dtype).removeprefix("torch.")
+
+
+class WorkerServer:
+    """Holds every expert, so that it can stand in for any other; which are asked for, the
+    placement says."""
+
+    def __init__(self, name: str, checkpoint: Checkpoint) -> None:
+        held = checkpoint.load_experts(held_by(table_of(checkpoint, 1), 0))
+        self.metrics = WorkerMetrics()
+        self.identity = rpc.Identity(
+            name, rpc.fingerprint(checkpoint.config, dtype_name(checkpoint))
+        )
+        service = ExpertService(
+            Batcher(held, self.metrics),
+            checkpoint.config,
+            checkpoint.dtype,
+            checkpoint.device,
+            self.identity,
+            self.metrics,
+        )
+        self.server, self.address = rpc.new_server("127.0.0.1")
+        self.server.add_generic_rpc_handlers((service.handler(),))
+        self.server.start()
+
+    @property
+    def info(self) -> WorkerInfo:
+        return WorkerInfo(self.identity.name, self.address, self.identity.incarnation, 0)
+
+    def stop(self) -> None:
+        self.server.stop(None).wait()
+
+
+def placement_on(servers: list[WorkerServer], checkpoint: Checkpoint, epoch: int = 1) -> Placement:
+    return Placement(
+        epoch, tuple(server.info for server in servers), table_of(checkpoint, len(servers))
+    )
+
+
+def remote_experts(
+    feed: PlacementFeed,
+    checkpoint: Checkpoint,
+    *,
+    timeout_s: float = 20.0,
+    recovery_timeout_s: float = 20.0,
+) -> RemoteExperts:
+    identity = rpc.Identity("head", rpc.fingerprint(checkpoint.config, dtype_name(checkpoint)))
+    return RemoteExperts(feed, identity, timeout_s=timeout_s, recovery_timeout_s=recovery_timeout_s)
