@@ -56,6 +56,7 @@ def build(config: ServeConfig) -> serve.Application:
         num_replicas=1,
         max_ongoing_requests=_MANY,
         ray_actor_options={"num_cpus": 0},
+        logging_config={"enable_access_log": False},  # it is asked every two seconds
         health_check_period_s=5,
     )(Controller).bind(config)
     heads = serve.deployment(

@@ -63,8 +63,8 @@ class ServeConfig(BaseModel):
     max_running_sequences: int = Field(default=64, ge=1)
     """Sequences in one step of a head, at most."""
     max_tokens_per_step: int = Field(default=512, ge=1)
-    """Tokens in one step of a head, at most. A longer prompt is computed in chunks of this size,
-    so it delays everybody else's next token by no more than one such step."""
+    """Tokens in one step of a head, at most; not below max_running_sequences. A longer prompt is
+    computed in chunks of this size, so it delays everybody's next token by one such step only."""
 
     max_concurrent_requests: int = Field(default=256, ge=1)
     """Requests in progress over all ingresses; beyond it a caller gets 429 with Retry-After."""
@@ -105,6 +105,16 @@ class ServeConfig(BaseModel):
     def _check_gpus(self) -> Self:
         if self.device == "cuda" and not (self.head_gpus and self.worker_gpus):
             raise ValueError("device: cuda needs head_gpus and worker_gpus above 0")
+        return self
+
+    @model_validator(mode="after")
+    def _check_budget(self) -> Self:
+        if self.max_tokens_per_step < self.max_running_sequences:
+            raise ValueError(
+                f"max_tokens_per_step ({self.max_tokens_per_step}) must not be below "
+                f"max_running_sequences ({self.max_running_sequences}): a prompt would starve "
+                "behind those that decode"
+            )
         return self
 
     @property

@@ -30,6 +30,9 @@ MAX_MESSAGE_BYTES = 256 * 2**20
 MAX_STREAMS = 64
 """Peers that may be connected to one server at a time; each holds a thread."""
 
+_SHORT_CALLS = 4
+"""Handshakes and metrics at a time, beside the streams."""
+
 HANDSHAKE_TIMEOUT_S = 10.0
 SCRAPE_TIMEOUT_S = 2.0
 
@@ -118,10 +121,9 @@ def new_server(host: str) -> tuple[grpc.Server, str]:
     Raises ConfigurationError when nothing can listen there.
     """
     server = grpc.server(
-        # two threads per peer: one reads its stream, one writes it
-        ThreadPoolExecutor(max_workers=2 * MAX_STREAMS + 4, thread_name_prefix="grpc"),
+        ThreadPoolExecutor(max_workers=MAX_STREAMS + _SHORT_CALLS, thread_name_prefix="grpc"),
         options=CHANNEL_OPTIONS,
-        maximum_concurrent_rpcs=MAX_STREAMS + 4,
+        maximum_concurrent_rpcs=MAX_STREAMS + _SHORT_CALLS,
     )
     bracketed = f"[{host}]" if ":" in host else host
     try:

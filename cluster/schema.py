@@ -52,7 +52,7 @@ class GenerationRequest(BaseModel):
     n: int = Field(default=1, ge=1, le=MAX_CHOICES)
     temperature: float = Field(default=1.0, ge=0.0, le=2.0, allow_inf_nan=False)
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
-    top_k: int = Field(default=0, ge=-1)
+    top_k: int = Field(default=0, ge=-1, lt=2**31)
     """0 or -1 keeps all tokens."""
     seed: int | None = Field(default=None, ge=-MAX_SEED - 1, le=MAX_SEED)
     """Left out: drawn by the server."""

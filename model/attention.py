@@ -25,7 +25,8 @@ class Group:
     rows_SQ: Tensor
     """Rows of T, int64."""
     slots_SL: Tensor
-    """Cache slots of each sequence's context; padding points at slot 0 and is masked."""
+    """Cache slots of each sequence's context. Padding is masked, yet repeats the sequence's own
+    last slot: another's could hold NaN, which no mask stops."""
     mask_S1QL: Tensor
     """True where a new token may look."""
 
@@ -57,10 +58,8 @@ def _group(spans: list[Span], first_rows: list[int], batch: Batch, window: int |
     device = batch.token_ids_T.device
     longest = max(span.end for span in spans)
     num_new = len(spans[0].token_ids)
-    slots = [
-        slots_of(span.blocks, batch.block_size, 0, span.end) + [0] * (longest - span.end)
-        for span in spans
-    ]
+    slots = [slots_of(span.blocks, batch.block_size, 0, span.end) for span in spans]
+    slots = [own + own[-1:] * (longest - len(own)) for own in slots]
     starts_S11 = torch.tensor([span.start for span in spans], device=device)[:, None, None]
     query_positions = starts_S11 + torch.arange(num_new, device=device)[None, :, None]
     key_positions = torch.arange(longest, device=device)[None, None, :]

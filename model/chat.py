@@ -24,7 +24,8 @@ from model.tokenizer import Tokenizer
 
 MISTRAL_V1_TEMPLATE = """\
 {%- if messages and messages[0]['role'] == 'system' -%}
-  {%- set system = messages[0]['content'] + '\\n\\n' -%}{%- set turns = messages[1:] -%}
+  {%- set system = messages[0]['content'] + '\\n\\n' if messages[0]['content'] else '' -%}
+  {%- set turns = messages[1:] -%}
 {%- else -%}
   {%- set system = '' -%}{%- set turns = messages -%}
 {%- endif -%}
@@ -74,7 +75,11 @@ class ChatFormat:
         """
         template_file = folder / "chat_template.jinja"
         if template_file.is_file():
-            return cls(tokenizer, template_file.read_text(encoding="utf-8"))
+            try:
+                template = template_file.read_text(encoding="utf-8")
+            except (OSError, ValueError) as error:
+                raise ConfigError(f"{template_file} cannot be read as text: {error}") from error
+            return cls(tokenizer, template)
         config_file = folder / "tokenizer_config.json"
         if not config_file.is_file():
             return cls(tokenizer)
@@ -115,7 +120,9 @@ class ChatFormat:
         turns = [{"role": message.role, "content": message.content} for message in messages]
         try:
             return self._template.render(messages=turns, add_generation_prompt=True, **tokens)
-        except TemplateError as error:
+        except PromptError:
+            raise  # the template's own words
+        except Exception as error:  # a template is a program of others: it may raise anything
             raise PromptError(f"the chat template refused the conversation: {error}") from error
 
 

@@ -4,6 +4,7 @@ Field names are Hugging Face's, so that a checkpoint's own file reads like this 
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,21 @@ _SAME_NAME = (
 """Fields that every version of transformers spells as we do."""
 
 
+_COUNTS = (
+    "hidden_size",
+    "vocab_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "num_local_experts",
+    "num_experts_per_tok",
+    "max_position_embeddings",
+    "sliding_window",
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class MixtralConfig:
     """Sizes and constants of one Mixtral. Defaults are Mixtral-8x7B's."""
@@ -53,6 +69,16 @@ class MixtralConfig:
     dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
+        for name in _COUNTS:
+            value = getattr(self, name)
+            if name == "sliding_window" and value is None:
+                continue
+            if type(value) is not int or value < 1:
+                raise ConfigError(f"{name} must be a whole number of at least 1, not {value!r}")
+        for name in ("rope_theta", "rms_norm_eps"):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0 < value < math.inf:
+                raise ConfigError(f"{name} must be a number above 0, not {value!r}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
@@ -107,9 +133,7 @@ class MixtralConfig:
         _refuse_what_is_not_supported(config)
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         fields = {
-            "head_dim": config.get("head_dim")
-            or config.get("hidden_size", cls.hidden_size)
-            // config.get("num_attention_heads", cls.num_attention_heads),
+            "head_dim": config.get("head_dim"),
             "num_local_experts": config.get("num_local_experts", config.get("num_experts")),
             "rope_theta": rope.get("rope_theta", config.get("rope_theta")),
             "dtype": config.get("dtype", config.get("torch_dtype")),
@@ -119,7 +143,14 @@ class MixtralConfig:
         eos = config.get("eos_token_id")
         if eos is not None:
             fields["eos_token_ids"] = tuple(eos) if isinstance(eos, list) else (eos,)
-        return cls(**{name: value for name, value in fields.items() if value is not None})
+        given = {name: value for name, value in fields.items() if value is not None}
+        if "head_dim" not in given:
+            hidden = given.get("hidden_size", cls.hidden_size)
+            heads = given.get("num_attention_heads", cls.num_attention_heads)
+            # what cannot be divided is refused by its own name below
+            if type(hidden) is int and type(heads) is int and heads > 0:
+                given["head_dim"] = hidden // heads
+        return cls(**given)
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -141,6 +172,11 @@ def _refuse_what_is_not_supported(config: dict[str, Any]) -> None:
     activation = config.get("hidden_act", "silu")
     if activation != "silu":
         raise ConfigError(f"hidden_act is {activation!r}; only 'silu' is supported")
+    if config.get("quantization_config"):
+        raise ConfigError("quantization_config: AWQ, GPTQ and fp8 checkpoints are not supported")
+    for field in ("rope_parameters", "rope_scaling"):
+        if not isinstance(config.get(field) or {}, dict):
+            raise ConfigError(f"{field} is not a JSON object: {config[field]!r}")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type != "default":

@@ -176,7 +176,7 @@ class Mixtral:
 
     def _new_cache(self, rooms: Sequence[int]) -> tuple[KVCache, BlockPool]:
         """A cache with room for sequences of these lengths, in tokens."""
-        num_blocks = sum(-(-room // BLOCK_SIZE) for room in rooms)
+        num_blocks = max(1, sum(-(-room // BLOCK_SIZE) for room in rooms))
         cache = KVCache(
             self.config,
             num_blocks=num_blocks,

@@ -42,14 +42,17 @@ def sample(
 def _draw(logits_SV: Tensor, params: list[SamplingParams], positions: list[int]) -> list[int]:
     device = logits_SV.device
     vocab_size = logits_SV.shape[1]
-    temperature = torch.tensor([[p.temperature] for p in params], device=device)
+    f64 = torch.float64
+    temperature = torch.tensor([[p.temperature] for p in params], dtype=f64, device=device)
     top_k = torch.tensor([[p.top_k or vocab_size] for p in params], device=device)
-    top_p = torch.tensor([[p.top_p] for p in params], dtype=torch.float64, device=device)
+    top_p = torch.tensor([[p.top_p] for p in params], dtype=f64, device=device)
 
     # stable: among equal logits the lower id goes first, whatever the batch
-    sorted_SV, ids_SV = (logits_SV / temperature).sort(dim=-1, descending=True, stable=True)
+    sorted_SV, ids_SV = logits_SV.sort(dim=-1, descending=True, stable=True)
+    # below the maximum, so that a tiny temperature gives -inf and never inf - inf
+    sorted_SV = (sorted_SV - sorted_SV[:, :1]).double() / temperature
     ranks_V = torch.arange(vocab_size, device=device)
-    probabilities = sorted_SV.masked_fill(ranks_V >= top_k, -torch.inf).double().softmax(dim=-1)
+    probabilities = sorted_SV.masked_fill(ranks_V >= top_k, -torch.inf).softmax(dim=-1)
     before_SV = probabilities.cumsum(dim=-1) - probabilities
     probabilities = probabilities.masked_fill((before_SV >= top_p) & (ranks_V > 0), 0.0)
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from model.errors import SamplingError
 
 MAX_SEED = 2**63 - 1
+_MAX_UINT32 = 2**32 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +36,11 @@ class SamplingParams:
             )
         if not 0.0 <= self.temperature <= 100.0:  # also refuses NaN
             raise SamplingError("temperature", f"temperature {self.temperature} is not in [0, 100]")
-        if self.top_k < 0:
+        if not 0 <= self.top_k <= _MAX_UINT32:
             raise SamplingError("top_k", f"top_k must be 0 (off) or more, not {self.top_k}")
         if not 0.0 < self.top_p <= 1.0:
             raise SamplingError("top_p", f"top_p must lie in (0, 1], not {self.top_p}")
         if not -MAX_SEED - 1 <= self.seed <= MAX_SEED:
             raise SamplingError("seed", f"seed {self.seed} does not fit in 64 bits")
-        if self.choice < 0:
+        if not 0 <= self.choice <= _MAX_UINT32:
             raise SamplingError("choice", f"choice must be 0 or more, not {self.choice}")

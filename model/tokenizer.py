@@ -30,6 +30,11 @@ class Tokenizer:
         self.bos_id: int = self._pieces.bos_id()
         self.eos_id: int = self._pieces.eos_id()
         self._bytes = tuple(self._bytes_of(token_id) for token_id in range(self.vocab_size))
+        self._word_starts = frozenset(
+            token_id
+            for token_id in range(self.vocab_size)
+            if self._pieces.id_to_piece(token_id).startswith(_SPACE)
+        )
 
     @classmethod
     def from_folder(cls, folder: Path) -> "Tokenizer":
@@ -69,6 +74,10 @@ class Tokenizer:
             raise PromptError(f"token id {token_id} is out of vocabulary ({self.vocab_size} ids)")
         return self._bytes[token_id]
 
+    def begins_word(self, token_id: int) -> bool:
+        """Whether the piece begins with SentencePiece's space (a space byte or <unk> does not)."""
+        return token_id in self._word_starts
+
     def _bytes_of(self, token_id: int) -> bytes:
         pieces = self._pieces
         if pieces.is_control(token_id):
@@ -101,7 +110,8 @@ class StreamDecoder:
         data = self._tokenizer.token_bytes(token_id)
         if data and self._drop_space:
             self._drop_space = False
-            data = data.removeprefix(b" ")
+            if self._tokenizer.begins_word(token_id):
+                data = data[1:]
         return self._utf8.decode(data)
 
     def flush(self) -> str:

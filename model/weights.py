@@ -18,6 +18,8 @@ from model.config import MixtralConfig
 from model.errors import CheckpointError
 from model.experts import ExpertWeights
 
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # fp8 needs scales
+
 OnBytes = Callable[[int], None]
 """Called with the size of each tensor as it arrives, for progress."""
 
@@ -145,7 +147,7 @@ class Checkpoint:
             raise CheckpointError(
                 f"{file}: {name} has shape {tuple(tensor.shape)}, config.json says {shape}"
             )
-        if not tensor.dtype.is_floating_point:
+        if tensor.dtype not in _FLOATS:
             raise CheckpointError(f"{file}: {name} is {tensor.dtype}, not a floating type")
         # clone: the mapped file's pages must not stay part of this process's weights
         tensor = tensor.to(device=self.device, dtype=self.dtype, copy=True).contiguous()
@@ -178,6 +180,6 @@ def _index(folder: Path) -> dict[str, str]:
 
 def _plain_name(file_name: str) -> str:
     """A shard's name as the index gives it; it may not lead out of the folder."""
-    if Path(file_name).name != file_name:
+    if Path(file_name).name != file_name or file_name in ("", ".."):
         raise ValueError(f"{file_name!r} is not a plain file name")
     return file_name

@@ -113,7 +113,8 @@ def join(jobs: list[_Job]) -> tuple[Tensor, Assignments]:
             begin += count
         first_row += len(job.x_RD)
     ordered = sorted(pieces)
-    joined = [piece for expert_id in ordered for piece in pieces[expert_id]]
+    nothing = (jobs[0].assignments.rows_A[:0], jobs[0].assignments.weights_A[:0])
+    joined = [nothing, *(piece for expert_id in ordered for piece in pieces[expert_id])]
     assignments = Assignments(
         counts=tuple((e, sum(len(rows) for rows, _ in pieces[e])) for e in ordered),
         rows_A=torch.cat([rows for rows, _ in joined]),

@@ -211,6 +211,7 @@ class Engine:
             built = time.perf_counter()
             logits_SV = self._decoder.forward(batch, self._cache, timed)
             computed = time.perf_counter()
+            chunks, logits_SV = self._drop_broken(chunks, logits_SV)
             token_ids = self._sample(chunks, logits_SV)
             sampled = time.perf_counter()
         except Exception as error:
@@ -235,6 +236,18 @@ class Engine:
                 host_s=(built - started) + (ended - sampled),
             )
         )
+
+    def _drop_broken(self, chunks: list[Chunk], logits_SV: Tensor) -> tuple[list[Chunk], Tensor]:
+        """Fail the sequences whose logits are not numbers, so that they cost no batch mate."""
+        broken_S = logits_SV.isnan().any(dim=-1)
+        if not broken_S.any():
+            return chunks, logits_SV
+        sampling = [chunk for chunk in chunks if chunk.samples]
+        broken = {
+            chunk for chunk, is_bad in zip(sampling, broken_S.tolist(), strict=True) if is_bad
+        }
+        self._fail([chunk.sequence for chunk in broken], "the model's logits are not numbers")
+        return [chunk for chunk in chunks if chunk not in broken], logits_SV[~broken_S]
 
     def _sample(self, chunks: list[Chunk], logits_SV: Tensor) -> list[int]:
         """One token for each chunk that samples."""

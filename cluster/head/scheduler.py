@@ -48,6 +48,14 @@ class Scheduler:
     """
 
     def __init__(self, pool: BlockPool, *, max_running: int, max_tokens_per_step: int) -> None:
+        """Raises ValueError if a step could not give every running sequence a token: those that
+        compute a prompt would starve behind those that decode.
+        """
+        if max_tokens_per_step < max_running:
+            raise ValueError(
+                f"max_tokens_per_step ({max_tokens_per_step}) must not be below the "
+                f"{max_running} sequences that may run"
+            )
         self.pool = pool
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []

@@ -1,6 +1,6 @@
 """The head's gRPC side: requests from an ingress into the engine, its events back.
 
-Token ids only; no text. Threads: two of the gRPC server's per ingress, one reading, one writing.
+Token ids only; no text. Threads: two per ingress, one that reads its stream and one that writes it.
 """
 
 import logging

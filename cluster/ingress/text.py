@@ -29,9 +29,13 @@ class StopMatcher:
     def push(self, text: str) -> tuple[str, bool]:
         """Text that is safe to show now, and whether a stop string was met (it is cut off)."""
         held = self._held + text
-        found = [at for stop in self._stop_strings if (at := held.find(stop)) >= 0]
+        found = [
+            (at + len(stop), at) for stop in self._stop_strings if (at := held.find(stop)) >= 0
+        ]
         if found:
-            return held[: min(found)], True
+            # the one that is complete first, so that it does not matter how the text was cut
+            _, start = min(found)
+            return held[:start], True
         keep = max((_overlap(held, stop) for stop in self._stop_strings), default=0)
         self._held = held[len(held) - keep :]
         return held[: len(held) - keep], False

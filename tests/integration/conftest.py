@@ -1,5 +1,6 @@
 """Real servers: gRPC workers in this process, and a whole service in a process of its own."""
 
+import os
 import re
 import signal
 import subprocess
@@ -51,7 +52,10 @@ class Service:
 
     def stop(self, signum: int = signal.SIGTERM) -> int:
         """Ask it to stop and wait for the end; returns its exit code."""
-        self.process.send_signal(signum)
+        if signum == signal.SIGINT:
+            os.killpg(self.process.pid, signum)
+        else:
+            self.process.send_signal(signum)
         try:
             return self.process.wait(timeout=60)
         finally:

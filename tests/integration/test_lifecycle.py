@@ -44,7 +44,8 @@ def listening(processes: list[psutil.Process]) -> list[str]:
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_leaves_no_process_and_no_socket(signum: int) -> None:
+def test_a_signal_leaves_no_process_and_no_socket(signum: signal.Signals) -> None:
+    """SIGINT goes to the whole process group, as a terminal's Ctrl-C does."""
     service = Service.start("--dtype", "float32")
     everything = descendants(service.process.pid)
     names = {name for process in everything for name in process.cmdline()[:1]}

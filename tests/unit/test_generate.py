@@ -1,0 +1,173 @@
+"""The library's front door: one process, whole texts, repeatable."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from model import Mixtral
+from model.chat import Message
+from model.errors import ConfigError, ModelError, PromptError
+from model.sampling_params import SamplingParams
+
+PROMPT = "Once upon a time, there was a little"
+GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
+SAMPLED = SamplingParams(temperature=1.0, max_tokens=12, seed=3)
+
+
+@pytest.fixture(scope="module")
+def prompts(mixtral: Mixtral) -> list[list[int]]:
+    texts = [PROMPT, "Tom", "The cat saw a big tree and", "Lily was happy. She"]
+    return [mixtral.tokenizer.encode_prompt(text) for text in texts]
+
+
+# --- text ---
+
+
+@pytest.mark.parametrize("prompt", [PROMPT, "", "Tom said: 🦙 "])
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_the_prompt_and_the_streamed_pieces_join_to_one_text(
+    mixtral: Mixtral, prompt: str, temperature: float
+) -> None:
+    fields = {"max_tokens": 20, "temperature": temperature, "seed": 5}
+    pieces = list(mixtral.stream(prompt, **fields))
+    prompt_ids = mixtral.tokenizer.encode_prompt(prompt)
+    params = SamplingParams(**fields, stop_token_ids=mixtral.config.eos_token_ids)
+    emitted = mixtral.generate_ids([prompt_ids], [params])[0]
+    assert prompt + "".join(pieces) == mixtral.tokenizer.decode(prompt_ids + emitted)
+    assert "".join(pieces) == mixtral.generate(prompt, **fields)
+    assert len(pieces) >= len(emitted)
+
+
+def test_a_text_cut_within_a_character_ends_in_a_replacement_character(mixtral: Mixtral) -> None:
+    # hot enough to draw any piece, so that one of these draws is the first byte of a character
+    wild = [SamplingParams(temperature=100.0, max_tokens=1, choice=c) for c in range(300)]
+    drawn = mixtral.generate_ids([mixtral.tokenizer.encode_prompt("Tom")] * 300, wild)
+    first_bytes = [mixtral.tokenizer.token_bytes(ids[0]) for ids in drawn]
+    choice = next(c for c, data in enumerate(first_bytes) if len(data) == 1 and data >= b"\xc3")
+    text = mixtral.generate("Tom", temperature=100.0, max_tokens=1, choice=choice)
+    assert text == "\ufffd"
+
+
+def test_the_tiny_checkpoint_answers_and_then_stops(mixtral: Mixtral) -> None:
+    question = [Message("user", "What does a cow say?")]
+    answer = mixtral.answer(question, max_tokens=60)
+    assert "moo" in answer.lower()
+    emitted = mixtral.generate_ids(
+        [mixtral.chat.encode(question)],
+        [SamplingParams(temperature=0.0, max_tokens=60, stop_token_ids=(2,))],
+    )[0]
+    assert emitted[-1] == mixtral.tokenizer.eos_id
+    assert answer == mixtral.tokenizer.decode(emitted)
+
+
+# --- where it ends ---
+
+
+def test_a_stop_token_ends_it_and_is_the_last(mixtral: Mixtral, prompts: list[list[int]]) -> None:
+    free = mixtral.generate_ids([prompts[0]], [GREEDY])[0]
+    assert len(free) == 12
+    stop = free[7]
+    stopped = mixtral.generate_ids([prompts[0]], [replace(GREEDY, stop_token_ids=(stop,))])[0]
+    assert stopped == free[: free.index(stop) + 1]
+
+
+def test_each_prompt_ends_by_itself(mixtral: Mixtral, prompts: list[list[int]]) -> None:
+    lengths = [1, 9, 4, 12]
+    params = [replace(GREEDY, max_tokens=length) for length in lengths]
+    assert [len(ids) for ids in mixtral.generate_ids(prompts, params)] == lengths
+
+
+def test_tokens_are_told_as_they_come(mixtral: Mixtral, prompts: list[list[int]]) -> None:
+    told: list[list[int]] = [[] for _ in prompts]
+    outputs = mixtral.generate_ids(
+        prompts, [SAMPLED] * len(prompts), lambda index, token_id: told[index].append(token_id)
+    )
+    assert told == outputs
+
+
+# --- whose output it is ---
+
+
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_a_prompt_among_others_gets_what_it_gets_alone(
+    mixtral: Mixtral, prompts: list[list[int]], params: SamplingParams
+) -> None:
+    each = [replace(params, seed=seed, max_tokens=8 + seed) for seed in range(len(prompts))]
+    together = mixtral.generate_ids(prompts, each)
+    alone = [mixtral.generate_ids([ids], [p])[0] for ids, p in zip(prompts, each, strict=True)]
+    assert together == alone
+
+
+def test_the_seed_and_the_choice_decide_a_sampled_text(
+    mixtral: Mixtral, prompts: list[list[int]]
+) -> None:
+    params = [SAMPLED, SAMPLED, replace(SAMPLED, seed=4), replace(SAMPLED, choice=1)]
+    same, again, other_seed, other_choice = mixtral.generate_ids([prompts[0]] * 4, params)
+    assert same == again == mixtral.generate_ids([prompts[0]], [SAMPLED])[0]
+    assert other_seed != same
+    assert other_choice not in (same, other_seed)
+
+
+@pytest.mark.parametrize("num_emitted", [1, 5, 11])
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_a_replayed_request_goes_on_as_if_never_cut(
+    mixtral: Mixtral, prompts: list[list[int]], params: SamplingParams, num_emitted: int
+) -> None:
+    whole = mixtral.generate_ids([prompts[0]], [params])[0]
+    rest = replace(params, max_tokens=12 - num_emitted)
+    resumed = mixtral.generate_ids([prompts[0] + whole[:num_emitted]], [rest])[0]
+    assert whole[:num_emitted] + resumed == whole
+
+
+# --- what is refused ---
+
+
+def test_a_prompt_may_fill_the_context_and_no_more(mixtral: Mixtral) -> None:
+    context = mixtral.config.max_position_embeddings
+    one_more = replace(GREEDY, max_tokens=1)
+    assert len(mixtral.generate_ids([[1] * (context - 1)], [one_more])[0]) == 1
+    with pytest.raises(PromptError, match=f"{context} prompt tokens and 1 new ones"):
+        mixtral.generate_ids([[1] * context], [one_more])
+    with pytest.raises(PromptError, match="exceed the context of 512"):
+        mixtral.logits([1] * (context + 1))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [([], "holds no tokens"), ([1, 2_048], "token id 2048"), ([1, -1], "token id -1")],
+)
+def test_a_prompt_that_cannot_be_computed_is_refused(
+    mixtral: Mixtral, prompt: list[int], message: str
+) -> None:
+    with pytest.raises(PromptError, match=message):
+        mixtral.generate_ids([[1], prompt], [GREEDY, GREEDY])
+    with pytest.raises(PromptError, match=message):
+        mixtral.logits(prompt)
+
+
+def test_no_prompts_give_no_outputs(mixtral: Mixtral) -> None:
+    assert mixtral.generate_ids([], []) == []
+
+
+# --- loading ---
+
+
+def test_the_checkpoints_own_dtype_is_the_default(tiny_folder: Path) -> None:
+    assert Mixtral.load().decoder.dtype == torch.bfloat16
+    assert Mixtral.load(str(tiny_folder), dtype="float16").decoder.dtype == torch.float16
+
+
+def test_loading_counts_every_byte(tiny_folder: Path) -> None:
+    arrived: list[int] = []
+    Mixtral.load(tiny_folder, on_bytes=arrived.append)
+    header_and_weights = (tiny_folder / "model.safetensors").stat().st_size
+    assert header_and_weights * 0.99 < sum(arrived) < header_and_weights
+
+
+def test_an_unknown_dtype_or_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="dtype 'int4' is not one of"):
+        Mixtral.load(dtype="int4")
+    with pytest.raises(ModelError, match="does not exist"):
+        Mixtral.load(tmp_path)
