@@ -6,6 +6,13 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PROTOS := protos/peer.proto protos/expert.proto protos/head.proto
 
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+
+# One line that counts, instead of pip's hundreds.
+COUNTED := awk '/^Collecting /{printf "\r  %3d packages, now %-40s", ++n, $$2; fflush()} \
+	/^Installing collected/{printf "\r  %3d packages, installing them %-30s\n", n, ""; fflush()}'
+
 .DEFAULT_GOAL := help
 .PHONY: help demo serve test test-unit check protos bench clean
 
@@ -48,10 +55,12 @@ $(VENV)/bin/python:
 	@$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.server: pyproject.toml | $(VENV)/bin/python
-	@test -e $(VENV)/.dev -a ! pyproject.toml -nt $(VENV)/.dev || { echo "installing maestrale[server] into $(VENV): minutes the first time"; $(BIN)/pip install --quiet --progress-bar off -e '.[server]'; }
+	@test -e $(VENV)/.dev -a ! pyproject.toml -nt $(VENV)/.dev || { \
+		echo "installing maestrale[server] into $(VENV): minutes the first time"; \
+		$(BIN)/pip install --progress-bar off -e '.[server]' | $(COUNTED); }
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
 	@echo "installing maestrale[dev] into $(VENV): minutes the first time"
-	@$(BIN)/pip install --quiet --progress-bar off -e '.[dev]'
+	@$(BIN)/pip install --progress-bar off -e '.[dev]' | $(COUNTED)
 	@touch $@
