@@ -135,4 +135,4 @@ class ServeConfig(BaseModel):
         """Name under which the model is served."""
         if self.served_model_name:
             return self.served_model_name
-        return "tiny-mixtral" if self.model is None else self.model.expanduser().absolute().name
+        return "tiny-mixtral" if self.model is None else self.model.expanduser().resolve().name

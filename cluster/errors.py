@@ -23,6 +23,8 @@
 The SDK's names are those of the openai package where they mean the same.
 """
 
+from collections.abc import Mapping
+
 
 class MaestraleError(Exception):
     """Base of them all."""
@@ -64,7 +66,7 @@ class RequestError(MaestraleError):
     """What the ingress answers a caller instead of a completion.
 
     status: HTTP status. kind: OpenAI's `error.type`. param: the field at fault.
-    retry_after_s: sent as Retry-After where set.
+    headers: sent along, such as Retry-After.
     """
 
     def __init__(
@@ -75,7 +77,7 @@ class RequestError(MaestraleError):
         kind: str = "invalid_request_error",
         param: str | None = None,
         code: str | None = None,
-        retry_after_s: int | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -83,7 +85,7 @@ class RequestError(MaestraleError):
         self.kind = kind
         self.param = param
         self.code = code
-        self.retry_after_s = retry_after_s
+        self.headers = dict(headers or {})
 
 
 class APIError(MaestraleError):

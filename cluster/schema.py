@@ -5,7 +5,14 @@ Shared by ingress and SDK. Bounds of request fields live here and nowhere else.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 MAX_CHOICES = 128
 """Completions one request may ask for: prompts x n."""
@@ -13,19 +20,25 @@ MAX_STOP_STRINGS = 16
 MAX_SEED = 2**63 - 1
 
 TokenId = Annotated[int, Field(ge=0, strict=True)]
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
+"""fail_fast: the first wrong item refuses the list; a long one must not cost seconds to refuse."""
 StopString = Annotated[str, Field(min_length=1, max_length=1_000)]
 
 NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "echo": (False,),
     "frequency_penalty": (0,),
+    "function_call": ("none", "auto"),
     "functions": ([],),
+    "ignore_eos": (False,),
     "logit_bias": ({},),
     "logprobs": (False,),
     "min_p": (0,),
+    "min_tokens": (0,),
     "presence_penalty": (0,),
     "repetition_penalty": (1,),
     "response_format": ({"type": "text"},),
+    "stop_token_ids": ([],),
     "structured_outputs": ({},),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
@@ -56,7 +69,11 @@ class GenerationRequest(BaseModel):
     """0 or -1 keeps all tokens."""
     seed: int | None = Field(default=None, ge=-MAX_SEED - 1, le=MAX_SEED)
     """Left out: drawn by the server."""
-    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)] | None = None
+    stop: (
+        StopString
+        | Annotated[list[StopString], Field(fail_fast=True, max_length=MAX_STOP_STRINGS)]
+        | None
+    ) = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -69,11 +86,14 @@ class GenerationRequest(BaseModel):
             return {key: value for key, value in data.items() if value is not None}
         return data
 
-    @model_validator(mode="after")
-    def _stream_options_need_a_stream(self) -> "GenerationRequest":
-        if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options is only allowed with stream: true")
-        return self
+    @field_validator("stream_options")
+    @classmethod
+    def _needs_a_stream(
+        cls, options: StreamOptions | None, others: ValidationInfo
+    ) -> StreamOptions | None:
+        if options is not None and not others.data.get("stream"):
+            raise ValueError("only allowed with stream: true")
+        return options
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -84,7 +104,11 @@ class GenerationRequest(BaseModel):
     def first_unsupported(self) -> str | None:
         """Name of a field that asks for something not served yet, or None."""
         for name, value in (self.model_extra or {}).items():
-            if name in NOT_SUPPORTED and value not in NOT_SUPPORTED[name]:
+            if name in NOT_SUPPORTED and not any(
+                # a bool is not a number here: logprobs: 0 asks for something, false does not
+                value == off and isinstance(value, bool) == isinstance(off, bool)
+                for off in NOT_SUPPORTED[name]
+            ):
                 return name
         return None
 
@@ -92,7 +116,12 @@ class GenerationRequest(BaseModel):
 class CompletionRequest(GenerationRequest):
     """Body of POST /v1/completions."""
 
-    prompt: str | list[TokenId] | list[str] | list[list[TokenId]]
+    prompt: (
+        str
+        | TokenIds
+        | Annotated[list[str], Field(fail_fast=True, max_length=MAX_CHOICES)]
+        | Annotated[list[TokenIds], Field(fail_fast=True, max_length=MAX_CHOICES)]
+    )
     max_tokens: int = Field(default=16, ge=1)
 
 
@@ -107,7 +136,7 @@ class ChatMessage(BaseModel):
     """One turn of a conversation."""
 
     role: str = Field(min_length=1, max_length=64)
-    content: str | list[ContentPart]
+    content: str | Annotated[list[ContentPart], Field(fail_fast=True, max_length=1_000)]
 
     @property
     def text(self) -> str:
@@ -119,7 +148,7 @@ class ChatMessage(BaseModel):
 class ChatCompletionRequest(GenerationRequest):
     """Body of POST /v1/chat/completions."""
 
-    messages: list[ChatMessage] = Field(min_length=1, max_length=10_000)
+    messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1, max_length=10_000)]
     max_tokens: int | None = Field(default=None, ge=1)
     """Left out: the rest of the context."""
     max_completion_tokens: int | None = Field(default=None, ge=1)

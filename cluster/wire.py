@@ -20,8 +20,10 @@ from model.config import MixtralConfig
 from model.experts import Assignments
 from protos import expert_pb2
 
-# Tensors over received bytes are read only, and nothing here ever writes to one.
-warnings.filterwarnings("ignore", message="The given buffer is not writable", category=UserWarning)
+# torch warns once per process that received bytes are read only; nothing here ever writes to them.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    torch.frombuffer(b"\0", dtype=torch.uint8)
 
 _DTYPE_IDS = {
     torch.float32: expert_pb2.DTYPE_FLOAT32,
@@ -92,7 +94,7 @@ def decode_call(message: bytes, config: MixtralConfig, dtype: torch.dtype) -> Ca
         raise WireError(f"layer {header.layer} of {config.num_hidden_layers}")
     if header.dtype != _DTYPE_IDS[dtype]:
         raise WireError(
-            f"rows are {expert_pb2.DType.Name(header.dtype)} here they must be {dtype}"
+            f"rows are {expert_pb2.DType.Name(header.dtype)}; here they must be {dtype}"
             if header.dtype in expert_pb2.DType.values()
             else f"dtype number {header.dtype} is unknown"
         )

@@ -30,6 +30,10 @@ class Tokenizer:
         self.bos_id: int = self._pieces.bos_id()
         self.eos_id: int = self._pieces.eos_id()
         self._bytes = tuple(self._bytes_of(token_id) for token_id in range(self.vocab_size))
+        self.longest_piece: int = max(
+            len(self._pieces.id_to_piece(token_id)) for token_id in range(self.vocab_size)
+        )
+        """Characters of the longest piece: no text has fewer tokens than its length over this."""
         self._word_starts = frozenset(
             token_id
             for token_id in range(self.vocab_size)

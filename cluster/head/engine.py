@@ -238,15 +238,15 @@ class Engine:
         )
 
     def _drop_broken(self, chunks: list[Chunk], logits_SV: Tensor) -> tuple[list[Chunk], Tensor]:
-        """Fail the sequences whose logits are not numbers, so that they cost no batch mate."""
-        broken_S = logits_SV.isnan().any(dim=-1)
+        """Fail the sequences whose logits are not finite, so that they cost no batch mate."""
+        broken_S = ~logits_SV.isfinite().all(dim=-1)
         if not broken_S.any():
             return chunks, logits_SV
         sampling = [chunk for chunk in chunks if chunk.samples]
         broken = {
             chunk for chunk, is_bad in zip(sampling, broken_S.tolist(), strict=True) if is_bad
         }
-        self._fail([chunk.sequence for chunk in broken], "the model's logits are not numbers")
+        self._fail([chunk.sequence for chunk in broken], "the model's logits are not finite")
         return [chunk for chunk in chunks if chunk not in broken], logits_SV[~broken_S]
 
     def _sample(self, chunks: list[Chunk], logits_SV: Tensor) -> list[int]:
@@ -270,10 +270,14 @@ class Engine:
             outbox.put(events)
 
     def _fail(self, sequences: list[Sequence], message: str) -> None:
+        """End these with an error; one message to every outbox."""
+        by_outbox: dict[Outbox, list[Event]] = defaultdict(list)
         for sequence in sequences:
             outbox, key = self._addresses[sequence]
+            by_outbox[outbox].append(Event(key, error=message))
             self._forget(sequence)
-            outbox.put([Event(key, error=message)])
+        for outbox, events in by_outbox.items():
+            outbox.put(events)
 
     def _forget(self, sequence: Sequence) -> None:
         self._scheduler.abort(sequence)

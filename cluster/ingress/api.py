@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from fastapi import APIRouter, FastAPI, Request, Response
-from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import BaseModel
 
 from cluster.errors import RequestError
@@ -181,7 +181,7 @@ class _Api:
 
         now = int(time.time())
         if body.stream:
-            return await self._stream(work, [], chunk, lambda usage: reply([], usage))
+            return await self._stream(request, work, [], chunk, lambda usage: reply([], usage))
         texts = await _unless_disconnected(request, self._collect(work))
         choices = [
             CompletionChoice(index=index, text=delta.text, finish_reason=delta.finish)
@@ -193,6 +193,7 @@ class _Api:
         """Answer a conversation."""
         self._check(body)
         messages = [Message(message.role, message.text) for message in body.messages]
+        self._check_length(sum(len(message.content) for message in messages), "messages")
         try:
             prompt = tuple(self._chat.encode(messages))
         except PromptError as error:
@@ -220,7 +221,9 @@ class _Api:
                 chunk_of([ChatChunkChoice(index=index, delta=role)], None)
                 for index in range(len(journals))
             ]
-            return await self._stream(work, first, chunk, lambda usage: chunk_of([], usage))
+            return await self._stream(
+                request, work, first, chunk, lambda usage: chunk_of([], usage)
+            )
         texts = await _unless_disconnected(request, self._collect(work))
         reply = ChatCompletion(
             id=new_id,
@@ -291,13 +294,14 @@ class _Api:
                 503,
                 f"not ready yet: {readiness.phase}, {readiness.percent} %",
                 kind="service_unavailable",
-                retry_after_s=2,
+                headers={"Retry-After": "2"},
             )
 
     def _prompt_ids(self, prompt: str | list[int]) -> tuple[int, ...]:
         if not prompt:
             raise RequestError(400, "prompt: must not be empty", param="prompt")
         if isinstance(prompt, str):
+            self._check_length(len(prompt), "prompt")
             return tuple(self._tokenizer.encode_prompt(prompt))
         vocab_size = self._settings.vocab_size
         if max(prompt) >= vocab_size:
@@ -307,6 +311,17 @@ class _Api:
                 param="prompt",
             )
         return tuple(prompt)
+
+    def _check_length(self, num_characters: int, param: str) -> None:
+        """Refuse what is too long whatever its tokens, before the event loop counts them."""
+        context = self._settings.max_model_len
+        if num_characters > context * self._tokenizer.longest_piece:
+            raise RequestError(
+                400,
+                f"{num_characters:,} characters cannot fit into the context of {context} tokens",
+                param=param,
+                code="context_length_exceeded",
+            )
 
     def _journals(
         self,
@@ -381,22 +396,23 @@ class _Api:
 
     async def _stream(
         self,
+        request: Request,
         work: _Work,
         first: Sequence[BaseModel],
         chunk: Callable[[int, TextDelta], BaseModel],
         usage_chunk: Callable[[Usage], BaseModel],
-    ) -> StreamingResponse:
+    ) -> sse.EventStream:
         """A streamed reply. Waits for the first text, so that an early error has a real status."""
         deltas = self._deltas(work)
         try:
-            index, delta = await anext(deltas)
+            index, delta = await _unless_disconnected(request, _first_of(deltas))
         except BaseException:
             await deltas.aclose()
             raise
         options = work.body.stream_options
         wants_usage = options is not None and options.include_usage
 
-        async def events() -> AsyncIterator[bytes]:
+        async def events() -> AsyncGenerator[bytes, None]:
             async with aclosing(deltas) as rest:
                 try:
                     for body in first:
@@ -411,9 +427,7 @@ class _Api:
                     yield sse.event(errors.error_body(errors.as_request_error(error)))
                 yield sse.DONE
 
-        return StreamingResponse(
-            events(), media_type=sse.MEDIA_TYPE, headers={"Cache-Control": "no-cache"}
-        )
+        return sse.EventStream(events())
 
 
 def _prompts(body: CompletionRequest) -> list[str | list[int]]:
@@ -427,6 +441,10 @@ def _prompts(body: CompletionRequest) -> list[str | list[int]]:
     if not prompt:
         raise RequestError(400, "prompt: must not be empty", param="prompt")
     return [item for item in prompt if not isinstance(item, int)]
+
+
+async def _first_of(deltas: AsyncGenerator[T, None]) -> T:
+    return await anext(deltas)
 
 
 async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:

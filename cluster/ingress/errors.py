@@ -28,12 +28,13 @@ def as_request_error(error: Exception) -> RequestError:
         case PromptError():
             return RequestError(400, str(error), param="prompt")
         case HeadUnavailableError():
-            return RequestError(503, str(error), kind="service_unavailable", retry_after_s=1)
+            headers = {"Retry-After": "1"}
+            return RequestError(503, str(error), kind="service_unavailable", headers=headers)
         case RequestValidationError():
             return _of_validation(error)
         case HTTPException(status_code=status):
             kind = "not_found_error" if status == 404 else "invalid_request_error"
-            return RequestError(status, str(error.detail), kind=kind)
+            return RequestError(status, str(error.detail), kind=kind, headers=error.headers)
         case _:
             logger.error("unexpected error", exc_info=error)
             return RequestError(500, "internal error; see the server's log", kind="server_error")
@@ -48,13 +49,19 @@ def error_body(error: RequestError) -> ErrorBody:
     )
 
 
-def install(app: FastAPI) -> None:
-    """Answer every error of the app this way."""
+def error_response(error: Exception) -> JSONResponse:
+    """The whole answer to a request that failed."""
+    mapped = as_request_error(error)
+    return JSONResponse(error_body(mapped).model_dump(), mapped.status, mapped.headers)
 
-    async def answer(request: Request, error: Exception) -> JSONResponse:
-        mapped = as_request_error(error)
-        headers = {"Retry-After": str(mapped.retry_after_s)} if mapped.retry_after_s else None
-        return JSONResponse(error_body(mapped).model_dump(), mapped.status, headers)
+
+def install(app: FastAPI) -> None:
+    """Answer the errors that we know this way. The unexpected ones are RequestLog's: what the
+    framework would do with those comes after the last middleware, where no request id is added.
+    """
+
+    async def answer(_request: Request, error: Exception) -> JSONResponse:
+        return error_response(error)
 
     for kind in (
         RequestError,
@@ -63,7 +70,6 @@ def install(app: FastAPI) -> None:
         HeadUnavailableError,
         RequestValidationError,
         HTTPException,
-        Exception,
     ):
         app.add_exception_handler(kind, answer)
 
@@ -74,6 +80,10 @@ def _of_validation(error: RequestValidationError) -> RequestError:
     for item in error.errors():
         if item["type"] == "json_invalid":
             return RequestError(400, f"the body is not valid JSON: {item['ctx']['error']}")
+        if item["loc"] == ("body",):
+            return RequestError(
+                400, "the body must be a JSON object, sent as Content-Type: application/json"
+            )
         # after the top field come pydantic's names of union members, which tell a caller nothing
         field = str(item["loc"][1]) if len(item["loc"]) > 1 else "body"
         problems.setdefault(field, _problem(item))
@@ -85,5 +95,5 @@ def _of_validation(error: RequestValidationError) -> RequestError:
 def _problem(item: dict[str, Any]) -> str:
     given = repr(item.get("input"))
     shown = given if len(given) <= 80 else given[:80] + "..."
-    message = str(item["msg"])
+    message = str(item["msg"]).removeprefix("Value error, ")
     return message if item["type"] in ("missing", "value_error") else f"{message}, not {shown}"

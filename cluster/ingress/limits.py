@@ -51,7 +51,7 @@ class ConcurrencyLimit:
                 f"{self.num_open} requests are in progress, which is the limit; try again later",
                 kind="rate_limit_error",
                 code="overloaded",
-                retry_after_s=1,
+                headers={"Retry-After": "1"},
             )
         self.num_open += 1
         try:

@@ -1,4 +1,6 @@
-"""Per request: an id that the caller sees, a count and a time in the metrics. ASGI middleware."""
+"""Per request: an id that the caller sees, a count and a time in the metrics, and an answer when
+nothing else gave one. ASGI middleware, the outermost of ours.
+"""
 
 import re
 import time
@@ -7,8 +9,10 @@ import uuid
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from cluster.ingress.errors import error_response
 from cluster.metrics import IngressMetrics
 
+_HUNG_UP = 499
 _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -26,7 +30,7 @@ class RequestLog:
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex
         started = time.perf_counter()
-        status = 499  # what it stays when the caller hangs up before an answer
+        status = _HUNG_UP  # what it stays when the caller does so before an answer
 
         async def tagged(message: Message) -> None:
             nonlocal status
@@ -37,6 +41,10 @@ class RequestLog:
 
         try:
             await self._app(scope, receive, tagged)
+        except Exception as error:
+            if status != _HUNG_UP:
+                raise  # the answer has begun: Serve can only break it off
+            await error_response(error)(scope, receive, tagged)
         finally:
             route = scope.get("route")  # unknown paths share one label
             endpoint = getattr(route, "path", "other")

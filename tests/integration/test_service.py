@@ -50,7 +50,8 @@ def until(condition: Callable[[], bool], what: str, timeout_s: float = 20) -> No
 def test_ready_says_where_the_experts_are(client: Client) -> None:
     readiness = client.ready()
     assert readiness.ready
-    assert (readiness.phase, readiness.percent, readiness.epoch) == ("ready", 100, 1)
+    assert (readiness.phase, readiness.percent) == ("ready", 100)
+    assert readiness.epoch >= 1
     assert [worker.num_experts for worker in readiness.workers] == [24, 24]
 
 

@@ -1,0 +1,299 @@
+"""The HTTP API over a scripted engine, and callers that need no socket."""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from cluster.ingress.api import ApiSettings, create_app
+from cluster.ingress.journal import Journal
+from cluster.metrics import IngressMetrics
+from cluster.schema import Readiness
+from model.chat import ChatFormat
+from model.tokenizer import Tokenizer
+
+DEADLINE_S = 30.0
+"""Longest wait for the app; only a hang comes near it."""
+
+JSON = {"content-type": "application/json"}
+COMPLETIONS = "/v1/completions"
+CHAT = "/v1/chat/completions"
+MODEL_ID = "tiny"
+CONTEXT = 64
+VOCAB_SIZE = 2048
+EOS = 2
+
+USER = {"role": "user", "content": "the wind"}
+DONE = "[DONE]"
+
+
+Script = Callable[[Journal], Iterable[int | Exception]]
+"""Of a journal the ids that its head will draw; an exception is raised in its turn."""
+
+
+LETTER_C = 70
+
+
+def story(journal: Journal) -> Iterator[int | Exception]:
+    """Prompt ids without the first, then as many letters as the choice's number, then the end."""
+    yield from journal.prompt_ids[1:]
+    yield from [LETTER_C] * journal.params.choice
+    yield EOS
+
+
+def fails_after(num_tokens: int, error: Exception) -> Script:
+    """Some ids, then an error."""
+
+    def script(journal: Journal) -> Iterator[int | Exception]:
+        yield from [LETTER_C] * num_tokens
+        yield error
+
+    return script
+
+
+def never_ends(journal: Journal) -> Iterator[int | Exception]:
+    """Two ids, then a silence."""
+    yield from [LETTER_C] * 2
+
+
+READY = Readiness(
+    ready=True, phase="ready", percent=100, epoch=1, heads_ready=1, heads_expected=1, workers=[]
+)
+LOADING = Readiness(
+    ready=False,
+    phase="loading experts",
+    percent=40,
+    epoch=0,
+    heads_ready=0,
+    heads_expected=1,
+    workers=[],
+)
+
+
+class ScriptedEngine:
+    """Emits what its script says, one id a step. A script that ends early leaves a request open."""
+
+    def __init__(self, script: Script) -> None:
+        self.script = script
+        self.state = READY
+        self.is_running = False
+        self.journals: list[Journal] = []
+        """Every journal that was run, in order."""
+        self.closed: list[Journal] = []
+        """Those whose iterator has ended, for whatever reason."""
+
+    @property
+    def aborted(self) -> list[Journal]:
+        """Those that were closed before their end."""
+        return [journal for journal in self.closed if journal.finish is None]
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        self.is_running = True
+        try:
+            yield
+        finally:
+            self.is_running = False
+
+    async def generate(self, journal: Journal) -> AsyncGenerator[tuple[int, ...], None]:
+        self.journals.append(journal)
+        try:
+            for token_id in self.script(journal):
+                await asyncio.sleep(0)  # so that streams take turns
+                if isinstance(token_id, Exception):
+                    raise token_id
+                is_last = len(journal.emitted_ids) + 1 == journal.params.max_tokens
+                stops = token_id in journal.params.stop_token_ids
+                journal.record((token_id,), "stop" if stops else "length" if is_last else None)
+                yield (token_id,)
+                if journal.finish:
+                    return
+            await asyncio.Event().wait()
+        finally:
+            self.closed.append(journal)
+
+    def readiness(self) -> Readiness:
+        return self.state
+
+    async def metrics(self) -> str:
+        return "# every process\n"
+
+
+@cache
+def text_side(folder: Path) -> tuple[Tokenizer, ChatFormat]:
+    """What a checkpoint knows of text; parsing its template takes longest."""
+    tokenizer = Tokenizer.from_folder(folder)
+    return tokenizer, ChatFormat.from_folder(folder, tokenizer)
+
+
+class Api:
+    """The whole HTTP side over a scripted engine, spoken to without a socket."""
+
+    def __init__(self, folder: Path) -> None:
+        self.tokenizer, self._chat = text_side(folder)
+        self.engine = ScriptedEngine(story)
+        self.metrics = IngressMetrics()
+        self.settings = ApiSettings(
+            model_id=MODEL_ID,
+            max_model_len=CONTEXT,
+            vocab_size=VOCAB_SIZE,
+            eos_token_ids=(EOS,),
+            max_concurrent_requests=2,
+            max_body_bytes=20_000,
+        )
+        self.app = self._new_app()
+
+    def _new_app(self) -> Any:
+        return create_app(self.engine, self.tokenizer, self._chat, self.settings, self.metrics)
+
+    def configure(self, **changes: Any) -> None:
+        """Start again with other settings."""
+        self.settings = replace(self.settings, **changes)
+        self.app = self._new_app()
+
+    def request(self, method: str, path: str, **options: Any) -> httpx.Response:
+        return asyncio.run(self.ask(method, path, **options))
+
+    async def ask(self, method: str, path: str, **options: Any) -> httpx.Response:
+        transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://ingress") as client:
+            return await client.request(method, path, **options)
+
+    def get(self, path: str, **options: Any) -> httpx.Response:
+        return self.request("GET", path, **options)
+
+    def post(self, path: str, body: dict[str, Any], **options: Any) -> httpx.Response:
+        return self.request("POST", path, json=body, **options)
+
+    def events(self, path: str, body: dict[str, Any]) -> list[Any]:
+        """The events of a streamed reply; [DONE] as text."""
+        response = self.post(path, {**body, "stream": True})
+        assert response.status_code == 200, response.text
+        assert response.headers["content-type"].startswith("text/event-stream")
+        return events_of(response.content)
+
+    @property
+    def num_in_progress(self) -> float | None:
+        return self.metrics.registry.get_sample_value("maestrale_requests_in_progress")
+
+    def num_requests(self, endpoint: str, status: int) -> float | None:
+        labels = {"endpoint": endpoint, "status": str(status)}
+        return self.metrics.registry.get_sample_value("maestrale_requests_total", labels)
+
+
+def events_of(content: bytes) -> list[Any]:
+    """Bodies of server-sent events; [DONE] as text."""
+    *events, rest = content.decode().split("\n\n")
+    assert rest == ""
+    assert all(event.startswith("data: ") for event in events)
+    return [
+        DONE if event == f"data: {DONE}" else json.loads(event.removeprefix("data: "))
+        for event in events
+    ]
+
+
+def body_for(path: str, **fields: Any) -> dict[str, Any]:
+    """A valid body for either endpoint, with these fields."""
+    prompt = {"prompt": "the wind"} if path == COMPLETIONS else {"messages": [USER]}
+    return {**prompt, "max_tokens": 20, **fields}
+
+
+BOTH = pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+EITHER_WAY = pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
+
+
+def assert_error(
+    response: httpx.Response,
+    status: int,
+    *,
+    param: str | None = None,
+    code: str | None = None,
+    kind: str = "invalid_request_error",
+) -> str:
+    """OpenAI's nested object with exactly its four fields. Returns the message."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json"
+    assert response.headers["x-request-id"]
+    body = response.json()
+    assert set(body) == {"error"}
+    error = body["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert (error["param"], error["code"], error["type"]) == (param, code, kind)
+    assert error["message"]
+    message: str = error["message"]
+    return message
+
+
+class Caller:
+    """One request, driven by hand, whose caller can hang up. Lives on one event loop.
+
+    spec_version: of ASGI. From 2.4 on sending to a caller who is gone raises OSError.
+    """
+
+    def __init__(
+        self, api: Api, path: str, body: dict[str, Any], *, spec_version: str = "2.3"
+    ) -> None:
+        self.sent: list[dict[str, Any]] = []
+        self._body = json.dumps(body).encode()
+        self._has_gone = asyncio.Event()
+        self._raises = spec_version >= "2.4"
+        self._is_read = False
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": spec_version},
+            "http_version": "1.1",
+            "method": "POST",
+            "scheme": "http",
+            "path": path,
+            "raw_path": path.encode(),
+            "root_path": "",
+            "query_string": b"",
+            "headers": [(b"content-type", b"application/json"), (b"host", b"ingress")],
+            "client": ("127.0.0.1", 1),
+            "server": ("127.0.0.1", 2),
+        }
+        self._task = asyncio.create_task(api.app(scope, self._receive, self._send))
+
+    async def until(self, condition: Any) -> None:
+        """Let the app work until something is so."""
+        for _ in range(1_000):
+            if condition():
+                return
+            await asyncio.sleep(0)
+        pytest.fail(f"it never came to that; sent so far: {self.sent}")
+
+    def leave(self) -> None:
+        """Be gone; the app has yet to find out."""
+        self._has_gone.set()
+
+    async def cancel(self) -> None:
+        """Have the server give the request up."""
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    async def hang_up(self) -> None:
+        """Leave, and let the app find out. What it raises then is the server's to log."""
+        self.leave()
+        done, _ = await asyncio.wait([self._task], timeout=DEADLINE_S)
+        assert done, "the request goes on without its caller"
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _receive(self) -> dict[str, Any]:
+        if not self._is_read:
+            self._is_read = True
+            return {"type": "http.request", "body": self._body, "more_body": False}
+        await self._has_gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def _send(self, message: dict[str, Any]) -> None:
+        if self._has_gone.is_set() and self._raises:
+            raise OSError("the caller is gone")
+        self.sent.append(message)
+        await asyncio.sleep(0)

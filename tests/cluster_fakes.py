@@ -1,0 +1,257 @@
+"""Stand-ins for the parts of a cluster, made by hand: no sockets, no Ray, no clock."""
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Sequence as Many
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from cluster import wire
+from cluster.errors import ExpertsUnavailableError
+from cluster.head.engine import Engine, Event
+from cluster.head.scheduler import Scheduler
+from cluster.metrics import HeadMetrics, StepStats
+from cluster.placement import Placement, WorkerInfo, held_by
+from cluster.rpc import Identity
+from model import Mixtral
+from model.batch import Batch
+from model.blocks import BlockPool
+from model.decoder import Decoder
+from model.experts import Computed, Experts, ExpertWeights, PendingRows, weighted_sums
+from model.kv_cache import KVCache
+from model.router import Routing
+
+DEADLINE_S = 30.0
+"""Longest wait of a test for another thread; only a hang comes near it."""
+
+Weights = dict[tuple[int, int], ExpertWeights]
+"""By (layer, expert)."""
+
+
+# --- a head's surroundings ---
+
+
+class MemoryOutbox:
+    """Keeps all events. Its hook runs on the engine's thread, so what it does is well-timed."""
+
+    def __init__(self, on_event: Callable[[Event], None] = lambda event: None) -> None:
+        self.puts: list[list[Event]] = []
+        self.on_event = on_event
+        self._changed = threading.Condition()
+
+    def put(self, events: Many[Event]) -> None:
+        for event in events:
+            self.on_event(event)
+        with self._changed:
+            self.puts.append(list(events))
+            self._changed.notify_all()
+
+    @property
+    def events(self) -> list[Event]:
+        return [event for events in self.puts for event in events]
+
+    def of(self, key: int) -> list[Event]:
+        """Everything that was said of one request."""
+        return [event for event in self.events if event.key == key]
+
+    def ids(self, key: int) -> list[int]:
+        return [token_id for event in self.of(key) for token_id in event.token_ids]
+
+    def has_ended(self, key: int) -> bool:
+        return any(event.finish or event.error is not None for event in self.of(key))
+
+    def wait_for_end(self, *keys: int) -> None:
+        """Return once these requests have ended, well or badly."""
+        with self._changed:
+            ended = self._changed.wait_for(
+                lambda: all(self.has_ended(key) for key in keys), DEADLINE_S
+            )
+        assert ended, f"requests {keys} have not all ended: {self.events}"
+
+
+class StepLog(HeadMetrics):
+    """Metrics that remember every step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[StepStats] = []
+
+    def observe(self, stats: StepStats) -> None:
+        super().observe(stats)
+        self.steps.append(stats)
+
+
+class FailingExperts:
+    """Experts that raise at the given calls, counted from 1, and otherwise compute."""
+
+    def __init__(self, experts: Experts, *, fail_at: Iterable[int]) -> None:
+        self._experts = experts
+        self._fail_at = set(fail_at)
+        self.num_calls = 0
+
+    def dispatch(self, layer: int, x_TD: Tensor, routing: Routing) -> PendingRows:
+        self.num_calls += 1
+        if self.num_calls in self._fail_at:
+            raise ExpertsUnavailableError(f"call {self.num_calls} was told to fail")
+        return self._experts.dispatch(layer, x_TD, routing)
+
+
+class PoisonedExperts(FailingExperts):
+    """Experts whose sums of the first row are NaN at the given calls."""
+
+    def dispatch(self, layer: int, x_TD: Tensor, routing: Routing) -> PendingRows:
+        self.num_calls += 1
+        sums_TD = self._experts.dispatch(layer, x_TD, routing).wait()
+        if self.num_calls in self._fail_at:
+            sums_TD[0] = torch.nan
+        return Computed(sums_TD)
+
+
+class BrokenRow(Decoder):
+    """A decoder that in one step, counted from 1, gives one row of logits a broken value."""
+
+    def __init__(self, decoder: Decoder, *, step: int, row: int, value: float) -> None:
+        super().__init__(decoder.config, decoder.weights)
+        self._steps_left = step
+        self._row = row
+        self._value = value
+
+    def forward(self, batch: Batch, cache: KVCache, experts: Experts) -> Tensor:
+        logits_SV = super().forward(batch, cache, experts).clone()  # out of inference mode
+        self._steps_left -= 1
+        if self._steps_left == 0:
+            logits_SV[self._row, 5] = self._value
+        return logits_SV
+
+
+class Head:
+    """An engine over a whole model in this process, and all that it is made of."""
+
+    def __init__(
+        self,
+        mixtral: Mixtral,
+        *,
+        experts: Experts | None = None,
+        decoder: Decoder | None = None,
+        num_blocks: int = 64,
+        block_size: int = 4,
+        max_running: int = 6,
+        max_tokens_per_step: int = 32,
+        max_model_len: int = 128,
+    ) -> None:
+        self.pool = BlockPool(num_blocks=num_blocks, block_size=block_size)
+        self.metrics = StepLog()
+        cache = KVCache(
+            mixtral.config,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            dtype=mixtral.decoder.dtype,
+            device=mixtral.decoder.device,
+        )
+        scheduler = Scheduler(
+            self.pool, max_running=max_running, max_tokens_per_step=max_tokens_per_step
+        )
+        self.engine = Engine(
+            decoder or mixtral.decoder,
+            cache,
+            scheduler,
+            experts or mixtral.experts,
+            self.metrics,
+            max_model_len=max_model_len,
+        )
+
+    @contextmanager
+    def running(self) -> Iterator[Engine]:
+        """The engine at work on a thread of its own; stopped at the end."""
+        thread = threading.Thread(target=self.engine.run, name="engine", daemon=True)
+        thread.start()
+        try:
+            yield self.engine
+        finally:
+            self.engine.stop()
+            thread.join(DEADLINE_S)
+        assert not thread.is_alive(), f"{self.engine} did not stop"
+
+    def assert_all_free(self) -> None:
+        """No request has left a block behind."""
+        self.pool.check()
+        assert self.pool.num_free == self.pool.num_blocks
+
+
+# --- expert workers behind streams that lead nowhere ---
+
+
+class Worker:
+    """The experts that a worker holds, and what it was asked."""
+
+    def __init__(self, info: WorkerInfo, mixtral: Mixtral) -> None:
+        self.info = info
+        self.held: Weights = {}
+        self.calls: list[wire.Call] = []
+        self.fail_at: set[int] = set()
+        """Calls, counted from 1, whose answer gets lost with the connection."""
+        self._config = mixtral.config
+        self._dtype = mixtral.decoder.dtype
+
+    def answer(self, message: bytes) -> bytes:
+        call = wire.decode_call(message, self._config, self._dtype)
+        self.calls.append(call)
+        experts = {e: self.held[call.layer, e] for e, _ in call.assignments.counts}
+        sums_RD = weighted_sums(experts, call.x_RD, call.assignments)
+        return wire.encode_reply(call.call_id, self.info.incarnation, sums_RD, 0.0)
+
+
+class Workers:
+    """All workers that there are; `stream` stands in for `dispatch.WorkerStream`."""
+
+    def __init__(self, mixtral: Mixtral, weights: Weights) -> None:
+        self._mixtral = mixtral
+        self._weights = weights
+        self._workers: dict[WorkerInfo, Worker] = {}
+        self.num_connects = 0
+
+    def __getitem__(self, info: WorkerInfo) -> Worker:
+        return self._workers[info]
+
+    def place(self, placement: Placement) -> None:
+        """Start the workers of a placement that do not run yet, and load what it gives each."""
+        for index, info in enumerate(placement.workers):
+            worker = self._workers.setdefault(info, Worker(info, self._mixtral))
+            worker.held |= {unit: self._weights[unit] for unit in held_by(placement.table, index)}
+
+    def stream(self, info: WorkerInfo, identity: Identity, *, timeout_s: float) -> "MemoryStream":
+        self.num_connects += 1
+        return MemoryStream(self._workers[info])
+
+
+class MemoryStream:
+    """A stream that answers at once, through the real bytes."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker.info
+        self._worker = worker
+        self._replies: list[bytes] = []
+        self.is_closed = False
+
+    def send(self, call: wire.Call) -> None:
+        self._replies.append(self._worker.answer(wire.encode_call(call)))
+
+    def receive(self, call: wire.Call) -> Tensor:
+        if len(self._worker.calls) in self._worker.fail_at:
+            raise ExpertsUnavailableError(f"{self.worker.name} was told to fail")
+        reply = wire.decode_reply(self._replies.pop(0))
+        assert reply.call_id == call.call_id
+        return reply.sums_RD
+
+    def watch(self, now: float) -> None:
+        pass
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+def random_rows(num_rows: int, hidden_size: int, *, seed: int) -> Tensor:
+    """Rows as they leave a norm: about 1 in size."""
+    return torch.randn(num_rows, hidden_size, generator=torch.Generator().manual_seed(seed))

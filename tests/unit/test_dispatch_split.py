@@ -1,0 +1,288 @@
+"""A step's rows, split over workers and summed, are what one process computes."""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.errors import ExpertsUnavailableError
+from cluster.head import dispatch
+from cluster.head.dispatch import PlacementFeed, RemoteExperts, _by_worker
+from cluster.placement import Placement, Table, WorkerInfo, plan
+from cluster.rpc import Identity
+from model import Mixtral
+from model.experts import Assignments, assign, weighted_sums
+from model.router import Routing
+from model.sampling_params import SamplingParams
+from model.weights import Checkpoint
+from tests.cluster_fakes import Weights, Workers, random_rows
+
+TOLERANCE = 1e-6
+"""In float32: the same products, added in another order."""
+NUM_EXPERTS = 8
+
+
+@pytest.fixture(scope="module")
+def weights(tiny_folder: Path, mixtral: Mixtral) -> Weights:
+    checkpoint = Checkpoint(tiny_folder, dtype=torch.float32)
+    return checkpoint.load_experts(
+        (layer, expert_id)
+        for layer in range(mixtral.config.num_hidden_layers)
+        for expert_id in range(NUM_EXPERTS)
+    )
+
+
+def placement_of(table: Table, num_workers: int, *, epoch: int = 1) -> Placement:
+    """Workers with an incarnation that belongs to the epoch, as if all had been restarted."""
+    return Placement(
+        epoch,
+        tuple(
+            WorkerInfo(f"worker-{index}", f"127.0.0.1:{index + 1}", 100 * epoch + index, 0)
+            for index in range(num_workers)
+        ),
+        table,
+    )
+
+
+def even_placement(mixtral: Mixtral, num_workers: int, *, epoch: int = 1) -> Placement:
+    table = plan(
+        num_layers=mixtral.config.num_hidden_layers,
+        num_experts=NUM_EXPERTS,
+        expert_bytes=1,
+        budgets=[None] * num_workers,
+    )
+    return placement_of(table, num_workers, epoch=epoch)
+
+
+def routing_of(num_rows: int, *, seed: int, top_k: int = 2) -> Routing:
+    generator = torch.Generator().manual_seed(seed)
+    scores_TE = torch.rand(num_rows, NUM_EXPERTS, generator=generator)
+    weights_TK = torch.rand(num_rows, top_k, generator=generator).softmax(dim=-1)
+    return Routing(scores_TE.argsort(dim=1)[:, :top_k], weights_TK)
+
+
+def triples(assignments: Assignments) -> list[tuple[int, int, float]]:
+    """(expert, row, weight) of each assignment."""
+    experts = [e for e, count in assignments.counts for _ in range(count)]
+    rows, weights = assignments.rows_A.tolist(), assignments.weights_A.tolist()
+    return list(zip(experts, rows, weights, strict=True))
+
+
+# --- the split itself ---
+
+
+@given(
+    holders=st.lists(st.integers(0, 4), min_size=NUM_EXPERTS, max_size=NUM_EXPERTS),
+    num_rows=st.integers(1, 20),
+    top_k=st.integers(1, 4),
+    seed=st.integers(0, 2**30),
+)
+def test_every_assignment_goes_to_the_one_worker_that_holds_its_expert(
+    holders: list[int], num_rows: int, top_k: int, seed: int
+) -> None:
+    placement = placement_of((tuple((worker,) for worker in holders),), 5)
+    assignments = assign(routing_of(num_rows, seed=seed, top_k=top_k))
+    split = _by_worker(assignments, 0, placement)
+    workers = [worker for worker, _ in split]
+    assert workers == sorted(set(workers))
+    for worker, mine in split:
+        experts = [expert_id for expert_id, _ in mine.counts]
+        assert experts == sorted(set(experts))
+        assert {holders[expert_id] for expert_id in experts} == {worker}
+        assert all(count > 0 for _, count in mine.counts)
+    together = Counter(triple for _, mine in split for triple in triples(mine))
+    assert together == Counter(triples(assignments))
+    assert max(together.values()) == 1
+
+
+@given(
+    holders=st.lists(st.integers(0, 3), min_size=NUM_EXPERTS, max_size=NUM_EXPERTS),
+    num_rows=st.integers(1, 20),
+    seed=st.integers(0, 2**30),
+)
+def test_the_workers_sums_add_up_to_what_one_process_computes(
+    mixtral: Mixtral, weights: Weights, holders: list[int], num_rows: int, seed: int
+) -> None:
+    placement = placement_of((tuple((worker,) for worker in holders),), 4)
+    x_TD = random_rows(num_rows, mixtral.config.hidden_size, seed=seed)
+    routing = routing_of(num_rows, seed=seed)
+    experts = {expert_id: weights[0, expert_id] for expert_id in range(NUM_EXPERTS)}
+    sums_TD = torch.zeros_like(x_TD)
+    for _, mine in _by_worker(assign(routing), 0, placement):
+        sums_TD += weighted_sums(experts, x_TD, mine)
+    expected = mixtral.experts.dispatch(0, x_TD, routing).wait()
+    torch.testing.assert_close(sums_TD, expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+# --- the same through the bytes ---
+
+
+@contextmanager
+def remote(
+    mixtral: Mixtral,
+    weights: Weights,
+    placement: Placement,
+    feed: PlacementFeed | None = None,
+    *,
+    recovery_timeout_s: float = 10.0,
+) -> Iterator[tuple[RemoteExperts, Workers]]:
+    """Experts behind streams that answer at once."""
+    workers = Workers(mixtral, weights)
+    workers.place(placement)
+    feed = feed or PlacementFeed()
+    feed.put(placement)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch, "WorkerStream", workers.stream)
+        experts = RemoteExperts(
+            feed, Identity("head", "f"), timeout_s=10.0, recovery_timeout_s=recovery_timeout_s
+        )
+        try:
+            assert experts.connect(10.0)
+            yield experts, workers
+        finally:
+            experts.close()
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 3, 8, 11])
+def test_remote_experts_compute_what_local_ones_do(
+    mixtral: Mixtral, weights: Weights, num_workers: int
+) -> None:
+    placement = even_placement(mixtral, num_workers)
+    with remote(mixtral, weights, placement) as (experts, _):
+        for layer, num_rows in ((0, 1), (2, 7), (5, 30)):
+            x_TD = random_rows(num_rows, mixtral.config.hidden_size, seed=layer)
+            routing = routing_of(num_rows, seed=layer)
+            torch.testing.assert_close(
+                experts.dispatch(layer, x_TD, routing).wait(),
+                mixtral.experts.dispatch(layer, x_TD, routing).wait(),
+                rtol=TOLERANCE,
+                atol=TOLERANCE,
+            )
+
+
+def test_a_row_travels_once_to_each_worker_that_needs_it(
+    mixtral: Mixtral, weights: Weights
+) -> None:
+    placement = even_placement(mixtral, 2)
+    x_TD = random_rows(12, mixtral.config.hidden_size, seed=0)
+    routing = routing_of(12, seed=0, top_k=4)  # so that some experts of a row share a worker
+    with remote(mixtral, weights, placement) as (experts, workers):
+        experts.dispatch(3, x_TD, routing).wait()
+        for index, info in enumerate(placement.workers):
+            (call,) = workers[info].calls  # one message per layer and worker
+            needed = {
+                row
+                for row, chosen in enumerate(routing.expert_ids_TK.tolist())
+                if any(placement.holder(3, expert_id) == index for expert_id in chosen)
+            }
+            assert torch.equal(call.x_RD, x_TD[sorted(needed)])
+            assert (call.layer, call.epoch) == (3, 1)
+
+
+def test_a_whole_model_says_the_same_over_workers_as_in_one_process(
+    mixtral: Mixtral, weights: Weights
+) -> None:
+    prompts = [[1, 438, 440], [1, 5, 600, 70, 8]]
+    params = [SamplingParams(max_tokens=8, temperature=t, seed=3) for t in (0.0, 0.9)]
+    with remote(mixtral, weights, even_placement(mixtral, 3)) as (experts, _):
+        split = Mixtral(mixtral.decoder, experts, mixtral.tokenizer, mixtral.chat)
+        assert split.generate_ids(prompts, params) == mixtral.generate_ids(prompts, params)
+
+
+# --- losses ---
+
+
+def test_only_the_rows_of_a_lost_worker_are_sent_again(mixtral: Mixtral, weights: Weights) -> None:
+    placement = even_placement(mixtral, 3)
+    x_TD = random_rows(9, mixtral.config.hidden_size, seed=1)
+    routing = routing_of(9, seed=1)
+    with remote(mixtral, weights, placement) as (experts, workers):
+        lost, *others = placement.workers
+        workers[lost].fail_at = {1}
+        sums_TD = experts.dispatch(0, x_TD, routing).wait()
+        torch.testing.assert_close(
+            sums_TD,
+            mixtral.experts.dispatch(0, x_TD, routing).wait(),
+            rtol=TOLERANCE,
+            atol=TOLERANCE,
+        )
+        first, again = workers[lost].calls
+        assert torch.equal(first.x_RD, again.x_RD)
+        assert again.call_id > first.call_id
+        assert [len(workers[info].calls) for info in others] == [1, 1]
+        assert workers.num_connects == 4
+
+
+def test_rows_of_a_lost_worker_follow_their_experts_to_a_new_placement(
+    mixtral: Mixtral, weights: Weights
+) -> None:
+    """The lost worker's experts are now spread over two others, one of which is new."""
+    old = even_placement(mixtral, 2)
+    survivor, lost = old.workers
+    fresh = WorkerInfo("worker-2", "127.0.0.1:9", 7, 0)
+    table = tuple(
+        tuple((0,) if holders == (0,) or e == 1 else (1,) for e, holders in enumerate(layer))
+        for layer in old.table
+    )
+    new = Placement(2, (survivor, fresh), table)
+    feed = PlacementFeed()
+    x_TD = random_rows(20, mixtral.config.hidden_size, seed=1)
+    routing = routing_of(20, seed=1)
+    with remote(mixtral, weights, old, feed) as (experts, workers):
+        workers.place(new)
+        pending = experts.dispatch(0, x_TD, routing)
+        workers[lost].fail_at = {1}
+        feed.put(new)
+        torch.testing.assert_close(
+            pending.wait(),
+            mixtral.experts.dispatch(0, x_TD, routing).wait(),
+            rtol=TOLERANCE,
+            atol=TOLERANCE,
+        )
+        assert [call.epoch for call in workers[fresh].calls] == [2]
+        assert repr(experts).startswith("RemoteExperts(epoch 2, ")
+
+
+def test_rows_that_nobody_can_compute_fail_within_the_recovery_time(
+    mixtral: Mixtral, weights: Weights
+) -> None:
+    placement = even_placement(mixtral, 2)
+    x_TD = random_rows(3, mixtral.config.hidden_size, seed=1)
+    routing = routing_of(3, seed=1, top_k=NUM_EXPERTS)
+    with remote(mixtral, weights, placement, recovery_timeout_s=0.0) as (experts, workers):
+        lost = placement.workers[1]
+        workers[lost].fail_at = {1}
+        pending = experts.dispatch(0, x_TD, routing)
+
+        def refuse(*args: object, **kwargs: object) -> None:
+            raise ExpertsUnavailableError("worker-1 does not answer")
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dispatch, "WorkerStream", refuse)
+            with pytest.raises(ExpertsUnavailableError, match="no replacement within 0 s"):
+                pending.wait()
+        # once it can be reached again, the next step goes through
+        torch.testing.assert_close(
+            experts.dispatch(0, x_TD, routing).wait(),
+            mixtral.experts.dispatch(0, x_TD, routing).wait(),
+            rtol=TOLERANCE,
+            atol=TOLERANCE,
+        )
+
+
+# --- the feed ---
+
+
+def test_the_feed_keeps_the_newest_epoch_whatever_the_order(mixtral: Mixtral) -> None:
+    feed = PlacementFeed()
+    assert feed.wait_for_newer(None, 0) is None
+    newer, older = (even_placement(mixtral, 2, epoch=epoch) for epoch in (5, 4))
+    feed.put(newer)
+    feed.put(older)
+    assert feed.wait_for_newer(None, 0) is newer
+    assert feed.wait_for_newer(newer, 0) is newer

@@ -1,0 +1,130 @@
+"""Every expert has a home, the load is even, and the same input gives the same plan."""
+
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.errors import PlacementError
+from cluster.placement import ClusterView, HeadInfo, Placement, Table, WorkerInfo, held_by, plan
+
+SIZES = st.tuples(st.integers(1, 8), st.integers(1, 9), st.integers(1, 7))
+"""Layers, experts, workers."""
+
+
+def loads(table: Table, num_workers: int) -> list[list[int]]:
+    """Experts by worker, of each layer."""
+    counts = [Counter(holder for holders in layer for holder in holders) for layer in table]
+    return [[count[worker] for worker in range(num_workers)] for count in counts]
+
+
+def plan_evenly(num_layers: int, num_experts: int, num_workers: int) -> Table:
+    return plan(
+        num_layers=num_layers,
+        num_experts=num_experts,
+        expert_bytes=100,
+        budgets=[None] * num_workers,
+    )
+
+
+@given(sizes=SIZES)
+def test_every_expert_of_every_layer_has_exactly_one_copy(sizes: tuple[int, int, int]) -> None:
+    num_layers, num_experts, num_workers = sizes
+    table = plan_evenly(*sizes)
+    assert len(table) == num_layers
+    for layer in table:
+        assert len(layer) == num_experts
+        for holders in layer:
+            assert len(holders) == 1
+            assert 0 <= holders[0] < num_workers
+
+
+@given(sizes=SIZES)
+def test_without_budgets_layers_and_totals_are_even(sizes: tuple[int, int, int]) -> None:
+    table = plan_evenly(*sizes)
+    by_layer = loads(table, sizes[2])
+    for in_layer in by_layer:
+        assert max(in_layer) - min(in_layer) <= 1
+    totals = [sum(column) for column in zip(*by_layer, strict=True)]
+    assert max(totals) - min(totals) <= 1
+
+
+@given(sizes=SIZES, data=st.data())
+def test_budgets_hold_whenever_the_experts_fit_and_only_then(
+    sizes: tuple[int, int, int], data: st.DataObject
+) -> None:
+    num_layers, num_experts, num_workers = sizes
+    budgets = data.draw(
+        st.lists(st.none() | st.integers(0, 3_000), min_size=num_workers, max_size=num_workers)
+    )
+    room = sum(10**6 if budget is None else budget // 100 for budget in budgets)
+    sizes_of_plan = {"num_layers": num_layers, "num_experts": num_experts, "expert_bytes": 100}
+    if room < num_layers * num_experts:
+        with pytest.raises(PlacementError):
+            plan(**sizes_of_plan, budgets=budgets)
+        return
+    table = plan(**sizes_of_plan, budgets=budgets)
+    for worker, budget in enumerate(budgets):
+        assert budget is None or len(held_by(table, worker)) * 100 <= budget
+    assert sum(len(held_by(table, worker)) for worker in range(num_workers)) == (
+        num_layers * num_experts
+    )
+
+
+def test_a_refusal_has_the_numbers() -> None:
+    with pytest.raises(PlacementError) as refused:
+        plan(num_layers=2, num_experts=8, expert_bytes=1_000, budgets=[3_500, 4_999])
+    message = str(refused.value)
+    for number in ("expert 7 of layer 0", "2 workers", "8,499 bytes", "16,000"):
+        assert number in message
+    with pytest.raises(PlacementError, match="0 workers"):
+        plan(num_layers=1, num_experts=1, expert_bytes=1, budgets=[])
+
+
+@given(sizes=SIZES)
+def test_the_same_input_gives_the_same_plan(sizes: tuple[int, int, int]) -> None:
+    assert plan_evenly(*sizes) == plan_evenly(*sizes)
+
+
+@given(sizes=SIZES, data=st.data())
+def test_held_by_is_the_inverse_of_the_table(
+    sizes: tuple[int, int, int], data: st.DataObject
+) -> None:
+    """With several copies of an expert, too."""
+    num_layers, num_experts, num_workers = sizes
+    holders = st.sets(st.integers(0, num_workers - 1), min_size=1).map(tuple)
+    row = st.lists(holders, min_size=num_experts, max_size=num_experts).map(tuple)
+    table = data.draw(st.lists(row, min_size=num_layers, max_size=num_layers).map(tuple))
+    assert {
+        (layer, expert_id, worker)
+        for worker in range(num_workers)
+        for layer, expert_id in held_by(table, worker)
+    } == {
+        (layer, expert_id, worker)
+        for layer, experts in enumerate(table)
+        for expert_id, workers in enumerate(experts)
+        for worker in workers
+    }
+
+
+def test_a_placement_names_the_worker_to_ask() -> None:
+    workers = tuple(WorkerInfo(f"worker-{i}", f"127.0.0.1:{i}", i, 300) for i in range(2))
+    placement = Placement(1, workers, (((0,), (1,), (1,)), ((1, 0), (0,), (1,))))
+    assert [placement.holder(0, expert_id) for expert_id in range(3)] == [0, 1, 1]
+    assert placement.holder(1, 0) == 1
+    assert [placement.num_experts_of(worker) for worker in range(2)] == [3, 4]
+
+
+@pytest.mark.parametrize(("is_placed", "has_head"), [(a, b) for a in (0, 1) for b in (0, 1)])
+def test_a_cluster_is_ready_with_placed_experts_and_a_head(is_placed: int, has_head: int) -> None:
+    view = ClusterView(
+        version=1,
+        phase="",
+        percent=0,
+        error=None,
+        placement=Placement(1, (), ()) if is_placed else None,
+        heads=(HeadInfo("head", "127.0.0.1:1"),) * has_head,
+        heads_expected=1,
+    )
+    assert view.is_ready == bool(is_placed and has_head)
