@@ -26,10 +26,11 @@ serve: $(VENV)/.server  ## Serve the embedded model at http://127.0.0.1:8000/v1
 	@$(BIN)/maestrale serve
 
 test: check  ## Checks, unit tests, integration tests
-	$(BIN)/python -m pytest tests/unit tests/integration
+	$(BIN)/python -m pytest -q -n 2 tests/unit
+	$(BIN)/python -m pytest tests/integration
 
 test-unit: $(VENV)/.dev  ## Unit tests alone: no network, no Ray, under a minute
-	$(BIN)/python -m pytest tests/unit
+	$(BIN)/python -m pytest -q -n 2 tests/unit
 
 check: $(VENV)/.dev  ## Lint, format, types, import layers
 	$(BIN)/ruff check .

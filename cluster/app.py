@@ -83,8 +83,8 @@ def check_checkpoint(config: ServeConfig) -> None:
     tokenizer = Tokenizer.from_folder(folder)
     if tokenizer.vocab_size > model.vocab_size:
         raise ConfigurationError(
-            f"{folder}: tokenizer.model has {tokenizer.vocab_size} pieces, config.json only "
-            f"{model.vocab_size} ids"
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model only "
+            f"{model.vocab_size}"
         )
     if config.max_model_len and config.max_model_len > model.max_position_embeddings:
         raise ConfigurationError(

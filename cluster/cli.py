@@ -2,7 +2,6 @@
 
 import signal
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -11,17 +10,26 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from pydantic import ValidationError
-from rich.console import Console
-from rich.table import Table
 
 from cluster import log
-from cluster.config import MIB, ServeConfig
+from cluster.config import ServeConfig
+from cluster.console import (
+    STORY_DTYPE,
+    STORY_PROMPT,
+    BytesLine,
+    ProgressLines,
+    console,
+    errors,
+    print_inspection,
+    print_placement,
+    print_rows,
+    tell_story,
+)
 from cluster.errors import ConfigurationError, MaestraleError
-from cluster.schema import Readiness
 from model.errors import ModelError
 
 if TYPE_CHECKING:
-    from cluster.client import Client
+    pass
 
 app = typer.Typer(
     help="Serve Mixtral: attention on head replicas, experts on Ray actors, gRPC in between.",
@@ -29,17 +37,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-console = Console(highlight=False, soft_wrap=True)
-errors = Console(highlight=False, soft_wrap=True, stderr=True)
-
-DEMO_PROMPT = "Once upon a time"
-# A story that ends well. In float32 it is the same on every machine.
-DEMO_SAMPLING: dict[str, Any] = {"temperature": 0.5, "top_p": 0.95, "seed": 8}
-DEMO_DTYPE = "float32"
-
 Model = Annotated[
     Path | None,
-    typer.Option("--model", help="Checkpoint folder; the embedded tiny one if left out."),
+    typer.Option(
+        "--model",
+        help="Checkpoint folder or Hugging Face Hub id; the embedded tiny one if left out.",
+    ),
 ]
 DType = Annotated[
     str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; the checkpoint's own.")
@@ -50,7 +53,7 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show logs and fu
 
 @app.command()
 def generate(
-    prompt: Annotated[str, typer.Option(help="Text to continue.")] = DEMO_PROMPT,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")] = STORY_PROMPT,
     local: Annotated[bool, typer.Option("--local", help="Compute in this process.")] = False,
     url: Annotated[
         str | None, typer.Option(help="Server to ask instead; MAESTRALE_BASE_URL if left out.")
@@ -86,8 +89,9 @@ def _generate_here(
 ) -> Iterator[str]:
     _need_server_extra()
     from model import TINY, Mixtral
+    from model.hub import resolve
 
-    return Mixtral.load(model or TINY, dtype=dtype).stream(prompt, **sampling)
+    return Mixtral.load(resolve(model or TINY), dtype=dtype).stream(prompt, **sampling)
 
 
 def _generate_there(prompt: str, url: str | None, sampling: dict[str, Any]) -> Iterator[str]:
@@ -105,6 +109,9 @@ def _generate_there(prompt: str, url: str | None, sampling: dict[str, Any]) -> I
 @app.command()
 def serve(
     model: Model = None,
+    experts: Annotated[
+        str | None, typer.Option(help="Quantise experts: nf4, nf4-double, int8 or int4.")
+    ] = None,
     served_model_name: Annotated[
         str | None, typer.Option(help="Model id that requests name; the folder's name.")
     ] = None,
@@ -129,6 +136,7 @@ def serve(
         num_workers=workers,
         num_heads=heads,
         dtype=dtype,
+        expert_quantization=experts,
     )
     with (
         _stopped_by_signals(),
@@ -138,13 +146,47 @@ def serve(
             port=port,
             address=address,
             verbose=verbose,
-            on_phase=_ProgressLines().show,
+            on_phase=ProgressLines().show,
         ) as client,
     ):
-        _print_placement(client.ready())
+        print_placement(client.ready())
         console.print(f"Serving {config.model_id()} at {client.base_url}/v1 (Ctrl-C stops)")
         while True:
             signal.pause()
+
+
+@app.command()
+def inspect(
+    model: Annotated[Path, typer.Argument(help="Checkpoint folder or Hugging Face Hub id.")],
+    workers: Annotated[int, typer.Option(min=1, help="Workers to spread the experts over.")] = 2,
+) -> None:
+    """Show what is in a checkpoint, and the memory it takes to serve it. Reads headers only."""
+    _need_server_extra()
+    from model.hub import resolve
+    from model.inspect import inspect as inspect_checkpoint
+
+    print_inspection(inspect_checkpoint(resolve(model), num_workers=workers))
+
+
+@app.command()
+def quantize(
+    source: Annotated[Path, typer.Argument(help="Checkpoint folder or Hugging Face Hub id.")],
+    target: Annotated[Path, typer.Argument(help="Empty or new folder for the copy.")],
+    mode: Annotated[str, typer.Option(help="nf4, nf4-double, int8 or int4.")] = "int4",
+    dtype: DType = None,
+) -> None:
+    """Write a copy of a checkpoint with quantised experts, to be served like any other."""
+    _need_server_extra()
+    from model.generate import torch_dtype
+    from model.hub import resolve
+    from model.quantized_copy import expert_bytes, save_quantized
+    from model.weights import Checkpoint
+
+    checkpoint = Checkpoint(resolve(source), dtype=torch_dtype(dtype))
+    config = checkpoint.config
+    num_experts = config.num_hidden_layers * config.num_local_experts
+    total = checkpoint.decoder_bytes + num_experts * expert_bytes(config, mode)
+    save_quantized(checkpoint, target, mode, BytesLine(f"writing {target}", total).add)
 
 
 @app.command()
@@ -159,85 +201,21 @@ def demo(
     from cluster.app import running
 
     console.print("Maestrale demo: one head replica, two expert workers, gRPC in between")
-    lines = _ProgressLines()
+    lines = ProgressLines()
     with (
         _stopped_by_signals(),
         running(
-            _config(num_workers=2, dtype=DEMO_DTYPE),
+            _config(num_workers=2, dtype=STORY_DTYPE),
             port=port,
             verbose=verbose,
             on_phase=lines.show,
         ) as client,
     ):
-        _print_placement(client.ready())
-        _tell_story(client, max_tokens)
-        _print_rows(client.metrics())
+        print_placement(client.ready())
+        tell_story(client, max_tokens)
+        print_rows(client.metrics())
         lines.line("stopping")
     lines.line("stopped")
-
-
-class _ProgressLines:
-    """One line per news of the start, with the time since its beginning."""
-
-    def __init__(self) -> None:
-        self._started = time.monotonic()
-
-    def show(self, phase: str, percent: int) -> None:
-        self.line(f"{phase}, {percent} %" if percent else phase)
-
-    def line(self, text: str) -> None:
-        console.print(f"[dim]{time.monotonic() - self._started:6.1f} s[/dim]  {text}")
-
-
-def _print_placement(readiness: Readiness) -> None:
-    table = Table(title=f"Placement, epoch {readiness.epoch}", title_justify="left")
-    for heading in ("worker", "address", "experts", "MiB"):
-        table.add_column(heading, justify="left" if heading in ("worker", "address") else "right")
-    for worker in readiness.workers:
-        mib = f"{worker.num_bytes / MIB:,.1f}"
-        table.add_row(worker.name, worker.address, str(worker.num_experts), mib)
-    console.print(table)
-
-
-def _tell_story(client: "Client", max_tokens: int) -> None:
-    started = time.perf_counter()
-    first = 0.0
-    num_tokens = 0
-    console.print(DEMO_PROMPT, end="", style="bold")
-    with client.completions.create(
-        prompt=DEMO_PROMPT,
-        max_tokens=max_tokens,
-        stream=True,
-        stream_options={"include_usage": True},
-        **DEMO_SAMPLING,
-    ) as chunks:
-        for chunk in chunks:
-            first = first or time.perf_counter() - started
-            for choice in chunk.choices:
-                console.print(choice.text, end="", markup=False)
-            if chunk.usage is not None:
-                num_tokens = chunk.usage.completion_tokens
-    took = time.perf_counter() - started
-    console.print("\n")
-    rate = (num_tokens - 1) / (took - first) if num_tokens > 1 else 0.0
-    console.print(
-        f"first token after {first * 1000:.0f} ms, then {rate:.1f} tokens per second "
-        f"({num_tokens} tokens in {took:.1f} s)"
-    )
-
-
-def _print_rows(exposition: str) -> None:
-    """Rows that each worker has computed, the probe of every expert included."""
-    from prometheus_client.parser import text_string_to_metric_families
-
-    rows: dict[str, int] = {}
-    for family in text_string_to_metric_families(exposition):
-        for sample in family.samples:
-            if sample.name == "maestrale_expert_rows_total":
-                worker = sample.labels["process"]
-                rows[worker] = rows.get(worker, 0) + int(sample.value)
-    for worker, count in sorted(rows.items()):
-        console.print(f"{worker} computed {count:,} rows")
 
 
 def _config(**fields: Any) -> ServeConfig:

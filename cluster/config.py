@@ -10,8 +10,8 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from cluster.errors import ConfigurationError
 from model import TINY
+from model.hub import resolve
 
 MIB = 2**20
 GIB = 2**30
@@ -23,13 +23,20 @@ class ServeConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: Path | None = None
-    """Checkpoint folder, reachable by this path on every node. None: the embedded tiny model."""
+    """Checkpoint folder, reachable by this path on every node, or a Hugging Face Hub id, which
+    every node fetches into its cache. None: the embedded tiny model."""
     served_model_name: str | None = Field(default=None, min_length=1)
     """Model id that requests name. None: the checkpoint folder's name."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type of weights and activations. None: the checkpoint's own."""
+    expert_quantization: Literal["nf4", "nf4-double", "int8", "int4"] | None = None
+    """How workers hold their experts. nf4 (bitsandbytes) and int4 (packed, the fast one on CPU)
+    take a quarter of 16 bit, int8 half. None: as the checkpoint has them."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where heads and workers compute. cuda also needs head_gpus and worker_gpus."""
+
+    attention: Literal["sdpa", "reference", "flash"] = "sdpa"
+    """How heads compute attention. flash needs the cuda extra and a GPU; reference is slow."""
 
     num_workers: int = Field(default=2, ge=1, le=1024)
     """Expert workers. Two is the least that shows the split; Mixtral-8x7B in bfloat16 needs as
@@ -123,13 +130,8 @@ class ServeConfig(BaseModel):
         return self.lease_s / 3
 
     def checkpoint_folder(self) -> Path:
-        """The folder to load from. Raises ConfigurationError when it is not there."""
-        if self.model is None:
-            return TINY
-        folder = self.model.expanduser().absolute()
-        if not folder.is_dir():
-            raise ConfigurationError(f"model {folder} is not a folder")
-        return folder
+        """The folder to load from. Raises CheckpointError when there is no such model."""
+        return TINY if self.model is None else resolve(self.model).absolute()
 
     def model_id(self) -> str:
         """Name under which the model is served."""

@@ -126,7 +126,7 @@ class Controller:
             self._workers.append(_Worker(name, units, self._start(name)))
         while True:
             await asyncio.gather(*(self._beat(worker) for worker in self._workers))
-            self._publish_if_moved(table, expert_bytes)
+            self._publish_if_moved(table)
             self._update_view()
             await asyncio.sleep(
                 min(1.0, self._config.lease_renewal_s) if self._all_loaded() else LOADING_BEAT_S
@@ -142,6 +142,7 @@ class Controller:
             name=name,
             checkpoint=config.checkpoint_folder(),
             dtype=config.dtype,
+            quantization=config.expert_quantization,
             device=config.device,
             num_threads=config.worker_threads,
             host=config.data_plane_host,
@@ -193,7 +194,7 @@ class Controller:
     def _all_loaded(self) -> bool:
         return all(worker.report and worker.report.is_loaded for worker in self._workers)
 
-    def _publish_if_moved(self, table: Table, expert_bytes: int) -> None:
+    def _publish_if_moved(self, table: Table) -> None:
         """Publish a placement of the next epoch if all is loaded and anything has moved."""
         if not self._all_loaded():
             return
@@ -202,7 +203,7 @@ class Controller:
                 worker.name,
                 worker.report.address,
                 worker.report.incarnation,
-                len(worker.units) * expert_bytes,
+                worker.report.loaded_bytes,
             )
             for worker in self._workers
             if worker.report
@@ -243,8 +244,8 @@ class Controller:
         reports = [worker.report for worker in self._workers if worker.report]
         if not self._workers or len(reports) < len(self._workers):
             return "starting expert workers", 10 * len(reports) // max(1, len(self._workers))
-        loaded = sum(report.loaded_bytes for report in reports)
-        wanted = sum(report.wanted_bytes for report in reports)
+        loaded = sum(report.num_loaded for report in reports)
+        wanted = sum(report.num_wanted for report in reports)
         if not self._all_loaded():
             return "loading experts", 10 + 80 * loaded // max(1, wanted)
         return ("ready", 100) if has_head else ("starting head replicas", 90)

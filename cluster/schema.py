@@ -17,6 +17,7 @@ from pydantic import (
 MAX_CHOICES = 128
 """Completions one request may ask for: prompts x n."""
 MAX_STOP_STRINGS = 16
+MAX_STOP_TOKENS = 64
 MAX_SEED = 2**63 - 1
 
 TokenId = Annotated[int, Field(ge=0, strict=True)]
@@ -30,15 +31,10 @@ NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "ignore_eos": (False,),
     "logit_bias": ({},),
     "logprobs": (False,),
-    "min_p": (0,),
-    "min_tokens": (0,),
     "presence_penalty": (0,),
-    "repetition_penalty": (1,),
     "response_format": ({"type": "text"},),
-    "stop_token_ids": ([],),
     "structured_outputs": ({},),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
@@ -67,6 +63,15 @@ class GenerationRequest(BaseModel):
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     top_k: int = Field(default=0, ge=-1, lt=2**31)
     """0 or -1 keeps all tokens."""
+    min_p: float = Field(default=0.0, ge=0.0, le=1.0)
+    typical_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    repetition_penalty: float = Field(default=1.0, ge=0.01, le=100.0)
+    min_tokens: int = Field(default=0, ge=0, lt=2**31)
+    """New tokens before an end token or one of stop_token_ids may come."""
+    ignore_eos: bool = False
+    """Go on past the model's own end tokens."""
+    stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True, max_length=MAX_STOP_TOKENS)] = []
+    """Ids that end the answer like the model's own end tokens; they are not part of the text."""
     seed: int | None = Field(default=None, ge=-MAX_SEED - 1, le=MAX_SEED)
     """Left out: drawn by the server."""
     stop: (

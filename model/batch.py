@@ -23,7 +23,8 @@ class Span:
 
     token_ids:  the new tokens, in order.
     start:      position of the first of them = tokens of this sequence already in the cache.
-    blocks:     all blocks of the sequence; they must have room for start + len(token_ids) tokens.
+    blocks:     all blocks of the sequence, with room for start + len(token_ids) tokens; or, with
+                a sliding window, a ring of blocks that has room for what is still visible.
     num_logits: for how many of the last new tokens logits are wanted (0: none, 1: to sample).
     """
 
@@ -77,8 +78,12 @@ def build_batch(spans: Sequence[Span], *, block_size: int, device: torch.device)
 
 
 def slots_of(blocks: Sequence[int], block_size: int, start: int, end: int) -> list[int]:
-    """Cache slots of the positions start..end-1 of a sequence that holds `blocks`."""
+    """Cache slots of the positions start..end-1 of a sequence that holds `blocks`.
+
+    Past the last block the first is used again: a rolling cache (see blocks.blocks_of_sequence).
+    """
+    num_blocks = len(blocks)
     return [
-        blocks[position // block_size] * block_size + position % block_size
+        blocks[position // block_size % num_blocks] * block_size + position % block_size
         for position in range(start, end)
     ]

@@ -3,6 +3,21 @@
 from collections.abc import Iterable
 
 
+def blocks_of_sequence(
+    max_len: int, block_size: int, *, window: int | None = None, max_new: int = 1
+) -> int:
+    """How many blocks a sequence of up to max_len tokens needs.
+
+    With a sliding window the blocks are a ring: the positions that a step of max_new tokens
+    touches, from the first that is still visible to the last new one, lie window + max_new - 2
+    apart, and two positions share a slot only from (ring - 1) * block_size + 1 on.
+    """
+    whole = -(-max_len // block_size)
+    if window is None:
+        return whole
+    return min(whole, -(-(window + max_new - 2) // block_size) + 1)
+
+
 class BlockPool:
     """Hands out the blocks of a KV cache. Not thread-safe: owned by one scheduler.
 

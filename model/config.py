@@ -1,4 +1,4 @@
-"""What shape a Mixtral has: `config.json` as a frozen dataclass. No torch, no weights.
+"""What shape a Mixtral has: `config.json` or Mistral's `params.json`. No torch, no weights.
 
 Field names are Hugging Face's, so that a checkpoint's own file reads like this one.
 """
@@ -30,6 +30,43 @@ _SAME_NAME = (
 )
 """Fields that every version of transformers spells as we do."""
 
+_MISTRALS_NAMES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "dim",
+    "intermediate_size": "hidden_dim",
+    "num_hidden_layers": "n_layers",
+    "num_attention_heads": "n_heads",
+    "num_key_value_heads": "n_kv_heads",
+    "head_dim": "head_dim",
+    "rms_norm_eps": "norm_eps",
+}
+"""Our fields by their names in `params.json`, which must have them all."""
+
+_MISTRALS_UNSUPPORTED = (
+    "quantization",
+    "vision_encoder",
+    "yarn",
+    "rope_scaling",
+    "llama_4_scaling",
+    "lora",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "use_biases",
+)
+"""Fields of `params.json`, of other models than Mixtral, that change what is computed."""
+
+_GENERATION_FIELDS: dict[str, tuple[str, float, float]] = {
+    "temperature": ("temperature", 0.0, 100.0),
+    "top_p": ("top_p", 1e-6, 1.0),
+    "top_k": ("top_k", 0, 2**32 - 1),
+    "min_p": ("min_p", 0.0, 1.0),
+    "repetition_penalty": ("repetition_penalty", 0.01, 100.0),
+    "max_tokens": ("max_new_tokens", 1, 2**32 - 1),
+}
+"""SamplingParams' names, with `generation_config.json`'s and the least and greatest value."""
+
+_MAX_EXPERTS = 100_000
+"""Of all layers; Mixtral-8x22B has 448. A damaged file must not fill memory with names."""
 
 _COUNTS = (
     "hidden_size",
@@ -75,6 +112,11 @@ class MixtralConfig:
                 continue
             if type(value) is not int or value < 1:
                 raise ConfigError(f"{name} must be a whole number of at least 1, not {value!r}")
+        if self.num_hidden_layers * self.num_local_experts > _MAX_EXPERTS:
+            raise ConfigError(
+                f"num_hidden_layers ({self.num_hidden_layers}) times num_local_experts "
+                f"({self.num_local_experts}) is more than {_MAX_EXPERTS}"
+            )
         for name in ("rope_theta", "rms_norm_eps"):
             value = getattr(self, name)
             if type(value) not in (int, float) or not 0 < value < math.inf:
@@ -89,6 +131,16 @@ class MixtralConfig:
                 f"num_experts_per_tok ({self.num_experts_per_tok}) must lie between 1 and "
                 f"num_local_experts ({self.num_local_experts})"
             )
+        if type(self.tie_word_embeddings) is not bool:
+            raise ConfigError(
+                f"tie_word_embeddings must be true or false, not {self.tie_word_embeddings!r}"
+            )
+        for name, ids in (
+            ("bos_token_id", (self.bos_token_id,)),
+            ("eos_token_id", self.eos_token_ids),
+        ):
+            if not ids or any(type(token_id) is not int or token_id < 0 for token_id in ids):
+                raise ConfigError(f"{name} must be token ids, not {ids!r}")
         if self.head_dim % 2:
             raise ConfigError(f"head_dim ({self.head_dim}) must be even: RoPE rotates pairs")
         if self.dtype not in DTYPES:
@@ -111,17 +163,20 @@ class MixtralConfig:
 
     @classmethod
     def from_folder(cls, folder: Path) -> "MixtralConfig":
-        """Read `config.json`; end tokens also from `generation_config.json` where it has them.
+        """Read `config.json`, or Mistral's `params.json` where there is none.
 
-        Raises ConfigError when the file is missing, is not JSON or is not a Mixtral's.
+        End tokens are `generation_config.json`'s where it has them.
+        Raises ConfigError naming the file that is missing or is not JSON, or what it asks for.
         """
-        config = _read_json(folder / "config.json")
+        params_file = folder / "params.json"
+        is_mistrals = params_file.is_file() and not (folder / "config.json").exists()
+        content = _read_json(params_file if is_mistrals else folder / "config.json")
         generation_file = folder / "generation_config.json"
         if generation_file.exists():
             eos = _read_json(generation_file).get("eos_token_id")
             if eos is not None:
-                config = {**config, "eos_token_id": eos}
-        return cls.from_dict(config)
+                content = {**content, "eos_token_id": eos}
+        return cls.from_params(content) if is_mistrals else cls.from_dict(content)
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> "MixtralConfig":
@@ -134,15 +189,22 @@ class MixtralConfig:
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         fields = {
             "head_dim": config.get("head_dim"),
-            "num_local_experts": config.get("num_local_experts", config.get("num_experts")),
-            "rope_theta": rope.get("rope_theta", config.get("rope_theta")),
-            "dtype": config.get("dtype", config.get("torch_dtype")),
+            "num_local_experts": _agreed(config, "num_local_experts", "num_experts"),
+            "rope_theta": _agreed(
+                config | {"rope_parameters.rope_theta": rope.get("rope_theta")},
+                "rope_parameters.rope_theta",
+                "rope_theta",
+            ),
+            "dtype": _agreed(config, "dtype", "torch_dtype"),
+            "eos_token_ids": _end_tokens(config),
         }
         for name in _SAME_NAME:
             fields[name] = config.get(name)
-        eos = config.get("eos_token_id")
-        if eos is not None:
-            fields["eos_token_ids"] = tuple(eos) if isinstance(eos, list) else (eos,)
+        if "num_key_value_heads" in config and config["num_key_value_heads"] is None:
+            # null is transformers' word for attention without groups
+            fields["num_key_value_heads"] = config.get(
+                "num_attention_heads", cls.num_attention_heads
+            )
         given = {name: value for name, value in fields.items() if value is not None}
         if "head_dim" not in given:
             hidden = given.get("hidden_size", cls.hidden_size)
@@ -152,32 +214,124 @@ class MixtralConfig:
                 given["head_dim"] = hidden // heads
         return cls(**given)
 
+    @classmethod
+    def from_params(cls, params: dict[str, Any]) -> "MixtralConfig":
+        """Build from the content of `params.json`, the file of Mistral's own releases.
+
+        It names no dtype (bfloat16 is what was released), and not always rope_theta and the context
+        length (1e6 and 32768 are Mixtral-8x7B's). Raises ConfigError naming the field.
+        """
+        for name in _MISTRALS_UNSUPPORTED:
+            if params.get(name):
+                raise ConfigError(f"params.json: {name} is not supported")
+        moe = params.get("moe")
+        if not isinstance(moe, dict):
+            raise ConfigError(
+                f"params.json: moe is {moe!r}; only mixtures of experts can be served"
+            )
+        unknown = moe.keys() - {"num_experts", "num_experts_per_tok"}
+        if unknown:
+            raise ConfigError(f"params.json: moe.{min(unknown)} is not supported")
+        fields: dict[str, Any] = {
+            name: params.get(mistrals_name) for name, mistrals_name in _MISTRALS_NAMES.items()
+        }
+        fields["num_local_experts"] = moe.get("num_experts")
+        fields["num_experts_per_tok"] = moe.get("num_experts_per_tok")
+        for name, value in fields.items():
+            if value is None:
+                mistrals_name = _MISTRALS_NAMES.get(name, f"moe.{name}")
+                raise ConfigError(f"params.json: {mistrals_name} is missing ({name})")
+        window = params.get("sliding_window")
+        return cls(
+            **fields,
+            rope_theta=params.get("rope_theta") or 1e6,
+            max_position_embeddings=params.get("max_seq_len") or 32_768,
+            # one release wrote the number as text
+            sliding_window=int(window) if type(window) is str and window.isdecimal() else window,
+            tie_word_embeddings=params.get("tied_embeddings") or False,
+            eos_token_ids=_end_tokens(params) or (2,),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationDefaults:
+    """How a checkpoint's makers would have it sampled; None where they do not say."""
+
+    temperature: float | None = None
+    """0 for greedy."""
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    max_tokens: int | None = None
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "GenerationDefaults":
+        """Read `generation_config.json`; nothing is said where there is no such file.
+
+        Raises ConfigError naming the field that is not a number in its range.
+        """
+        file = folder / "generation_config.json"
+        if not file.exists():
+            return cls()
+        content = _read_json(file)
+        fields: dict[str, Any] = {}
+        for name, (theirs, low, high) in _GENERATION_FIELDS.items():
+            value = content.get(theirs)
+            if value is None:
+                continue
+            kinds = (int,) if isinstance(low, int) else (int, float)
+            if type(value) not in kinds or not low <= value <= high:
+                raise ConfigError(f"{file}: {theirs} is {value!r}, not between {low} and {high}")
+            fields[name] = value
+        if content.get("do_sample") is False:
+            fields["temperature"] = 0.0
+        return cls(**fields)
+
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(f"{file} does not exist; is {file.parent} a checkpoint?") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{file} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{file} holds a {type(content).__name__}, not a JSON object")
     return content
 
 
+def _agreed(config: dict[str, Any], name: str, other_name: str) -> Any:
+    """The value of a field with two spellings. Raises ConfigError when they differ."""
+    value, other = config.get(name), config.get(other_name)
+    if value is not None and other is not None and value != other:
+        raise ConfigError(f"{name} is {value!r}, but {other_name} is {other!r}")
+    return other if value is None else value
+
+
+def _end_tokens(config: dict[str, Any]) -> tuple[int, ...] | None:
+    eos = config.get("eos_token_id")
+    if eos is None:
+        return None
+    return tuple(eos) if isinstance(eos, list) else (eos,)
+
+
 def _refuse_what_is_not_supported(config: dict[str, Any]) -> None:
     model_type = config.get("model_type")
     if model_type != "mixtral":
         raise ConfigError(f"model_type is {model_type!r}; only 'mixtral' can be served")
-    activation = config.get("hidden_act", "silu")
+    activation = config.get("hidden_act") or "silu"
     if activation != "silu":
         raise ConfigError(f"hidden_act is {activation!r}; only 'silu' is supported")
     if config.get("quantization_config"):
         raise ConfigError("quantization_config: AWQ, GPTQ and fp8 checkpoints are not supported")
     for field in ("rope_parameters", "rope_scaling"):
-        if not isinstance(config.get(field) or {}, dict):
-            raise ConfigError(f"{field} is not a JSON object: {config[field]!r}")
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type != "default":
-        raise ConfigError(f"rope type {rope_type!r} is not supported; only 'default' is")
+        rope = config.get(field) or {}
+        if not isinstance(rope, dict):
+            raise ConfigError(f"{field} is not a JSON object: {rope!r}")
+        rope_type = rope.get("rope_type", rope.get("type")) or "default"
+        if rope_type != "default":
+            raise ConfigError(f"{field}: rope type {rope_type!r} is not supported, only 'default'")
+        factor = rope.get("partial_rotary_factor")
+        if factor not in (None, 1):
+            raise ConfigError(f"{field}: partial_rotary_factor {factor!r} is not supported, only 1")

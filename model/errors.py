@@ -3,6 +3,7 @@
 ModelError
 ├── ConfigError       config.json is missing, is not Mixtral's, or asks for the unsupported
 ├── CheckpointError   a weight file or tensor is missing, cut, mis-shaped or not finite
+├── QuantizationError an unknown mode, or one whose library is missing
 ├── TokenizerError    the tokenizer file is missing or unreadable
 ├── PromptError       a prompt or conversation that cannot be turned into token ids
 └── SamplingError     a sampling parameter out of its range
@@ -19,6 +20,10 @@ class ConfigError(ModelError):
 
 class CheckpointError(ModelError):
     """A weight file or a tensor in it is missing, cut short, mis-shaped or not finite."""
+
+
+class QuantizationError(ModelError):
+    """The mode of quantisation is unknown, its library is missing, or weights have one already."""
 
 
 class TokenizerError(ModelError):

@@ -4,7 +4,7 @@ The decoder knows only `Experts`. `LocalExperts` computes in this process; the s
 that sends the rows away. Both end in `weighted_sums`, so both compute the same.
 
 Shape suffixes: T tokens, D hidden, F intermediate, R rows sent to one place, A assignments
-(row, expert, weight), K experts per token.
+(row, expert, weight), K experts per token, I inputs of a matrix.
 """
 
 from collections.abc import Mapping
@@ -34,12 +34,33 @@ class Experts(Protocol):
         ...
 
 
+class Matrix(Protocol):
+    """A weight matrix (outputs, inputs) that is held as something else than a plain tensor."""
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes, scales included."""
+        ...
+
+    def linear(self, x_RI: Tensor) -> Tensor:
+        """What `F.linear(x, matrix)` is for a plain tensor, in the dtype of x."""
+        ...
+
+
+Weight = Tensor | Matrix
+
+
+def linear(x_RI: Tensor, weight: Weight) -> Tensor:
+    """Rows through a weight matrix, however it is held."""
+    return F.linear(x_RI, weight) if isinstance(weight, Tensor) else weight.linear(x_RI)
+
+
 @dataclass(frozen=True)
 class ExpertWeights:
     """One expert of one layer; w1 (gate) and w3 (up) stacked, so that one product serves both."""
 
-    w13_2FD: Tensor
-    w2_DF: Tensor
+    w13_2FD: Weight
+    w2_DF: Weight
 
     @property
     def num_bytes(self) -> int:
@@ -77,9 +98,9 @@ def assign(routing: Routing) -> Assignments:
 
 
 def expert_ffn(weights: ExpertWeights, x_RD: Tensor) -> Tensor:
-    """w2(silu(w1 x) * w3 x) of each row, dtype of the weights."""
-    gate_RF, up_RF = F.linear(x_RD, weights.w13_2FD).chunk(2, dim=-1)
-    return F.linear(F.silu(gate_RF) * up_RF, weights.w2_DF)
+    """w2(silu(w1 x) * w3 x) of each row, dtype of x."""
+    gate_RF, up_RF = linear(x_RD, weights.w13_2FD).chunk(2, dim=-1)
+    return linear(F.silu(gate_RF) * up_RF, weights.w2_DF)
 
 
 def weighted_sums(

@@ -1,13 +1,14 @@
 """Choosing the next token of each sequence from its logits.
 
-A draw depends on (seed, choice, position) and the logits alone, never on what else is in the
-batch: the uniform number comes from a counter-based generator, and becomes a token by inverting
-the cumulated probabilities, likeliest token first.
+A draw depends on (seed, choice, position), the sequence's own logits and its own history, never on
+what else is in the batch: the uniform number comes from a counter-based generator, and becomes a
+token by inverting the cumulated probabilities, likeliest token first.
 
-Shape suffixes: S sequences, V vocabulary.
+Shape suffixes: S sequences, V vocabulary, R some of the sequences, L tokens of a history.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,13 +24,31 @@ _LOW_32 = np.uint64(0xFFFFFFFF)
 _SHIFT_32 = np.uint64(32)
 
 
+@dataclass(frozen=True)
+class History:
+    """What a sequence holds so far. Wanted only by parameters that look back."""
+
+    token_ids: Sequence[int]
+    """Prompt and completion."""
+    num_prompt_tokens: int
+
+    @property
+    def num_emitted(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+
 def sample(
-    logits_SV: Tensor, params: Sequence[SamplingParams], positions: Sequence[int]
+    logits_SV: Tensor,
+    params: Sequence[SamplingParams],
+    positions: Sequence[int],
+    histories: Sequence[History] | None = None,
 ) -> list[int]:
     """The next token id of each sequence.
 
     positions: where in its sequence the drawn token will stand.
+    histories: may be left out where no parameters have min_tokens or a repetition_penalty.
     """
+    logits_SV = look_back(logits_SV, params, histories)
     token_ids: list[int] = logits_SV.argmax(dim=-1).tolist()
     drawn = [row for row, p in enumerate(params) if p.temperature > 0]
     if drawn:
@@ -39,28 +58,101 @@ def sample(
     return token_ids
 
 
-def _draw(logits_SV: Tensor, params: list[SamplingParams], positions: list[int]) -> list[int]:
+def look_back(
+    logits_SV: Tensor, params: Sequence[SamplingParams], histories: Sequence[History] | None
+) -> Tensor:
+    """Logits (or log-probabilities) after repetition_penalty and min_tokens, in this order.
+
+    Returns the tensor it was given where neither is asked for, and a new one elsewhere.
+    """
+    if not any(p.repetition_penalty != 1.0 or p.min_tokens for p in params):
+        return logits_SV
+    assert histories is not None, "repetition_penalty and min_tokens need the sequences' histories"
+    logits_SV = logits_SV.clone()
+
+    penalised = [row for row, p in enumerate(params) if p.repetition_penalty != 1.0]
+    if penalised:
+        ids = [list(histories[row].token_ids) for row in penalised]
+        longest = max(len(own) for own in ids)
+        # padded with an id that is there anyway: what is written twice is written alike
+        ids_RL = logits_SV.new_tensor(
+            [own + own[-1:] * (longest - len(own)) for own in ids], dtype=torch.int64
+        )
+        penalties_R1 = logits_SV.new_tensor([[params[row].repetition_penalty] for row in penalised])
+        logits_RV = logits_SV[penalised]
+        seen_RL = logits_RV.gather(1, ids_RL)
+        seen_RL = torch.where(seen_RL < 0, seen_RL * penalties_R1, seen_RL / penalties_R1)
+        logits_SV[penalised] = logits_RV.scatter(1, ids_RL, seen_RL)
+
+    vocab_size = logits_SV.shape[1]
+    banned = [
+        (row, token_id)
+        for row, (p, history) in enumerate(zip(params, histories, strict=True))
+        if history.num_emitted < p.min_tokens
+        for token_id in p.stop_token_ids
+        if token_id < vocab_size
+    ]
+    if banned:
+        rows, token_ids = zip(*banned, strict=True)
+        logits_SV[list(rows), list(token_ids)] = -torch.inf
+    return logits_SV
+
+
+def ranked_probabilities(
+    logits_SV: Tensor, params: Sequence[SamplingParams]
+) -> tuple[Tensor, Tensor]:
+    """What each token is drawn with, likeliest logit first, and which token stands where.
+
+    Returns weights (S, V), float64, zero for what is never drawn, their sum at most one; and token
+    ids (S, V), int64. Every temperature must be above 0.
+    """
     device = logits_SV.device
     vocab_size = logits_SV.shape[1]
-    f64 = torch.float64
-    temperature = torch.tensor([[p.temperature] for p in params], dtype=f64, device=device)
-    top_k = torch.tensor([[p.top_k or vocab_size] for p in params], device=device)
-    top_p = torch.tensor([[p.top_p] for p in params], dtype=f64, device=device)
+
+    def column(values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=device)[:, None]
 
     # stable: among equal logits the lower id goes first, whatever the batch
     sorted_SV, ids_SV = logits_SV.sort(dim=-1, descending=True, stable=True)
     # below the maximum, so that a tiny temperature gives -inf and never inf - inf
-    sorted_SV = (sorted_SV - sorted_SV[:, :1]).double() / temperature
+    sorted_SV = (sorted_SV - sorted_SV[:, :1]).double() / column([p.temperature for p in params])
     ranks_V = torch.arange(vocab_size, device=device)
-    probabilities = sorted_SV.masked_fill(ranks_V >= top_k, -torch.inf).softmax(dim=-1)
-    before_SV = probabilities.cumsum(dim=-1) - probabilities
-    probabilities = probabilities.masked_fill((before_SV >= top_p) & (ranks_V > 0), 0.0)
+    top_k_S1 = torch.tensor([[p.top_k or vocab_size] for p in params], device=device)
+    weights_SV = sorted_SV.masked_fill(ranks_V >= top_k_S1, -torch.inf).softmax(dim=-1)
+    before_SV = weights_SV.cumsum(dim=-1) - weights_SV
+    top_p_S1 = column([p.top_p for p in params])
+    weights_SV = weights_SV.masked_fill((before_SV >= top_p_S1) & (ranks_V > 0), 0.0)
+    if any(p.min_p for p in params):
+        floor_S1 = column([p.min_p for p in params]) * weights_SV[:, :1]
+        weights_SV = weights_SV.masked_fill(weights_SV < floor_S1, 0.0)
+    typical = [row for row, p in enumerate(params) if p.typical_p < 1.0]
+    if typical:
+        mass_R1 = column([params[row].typical_p for row in typical])
+        weights_SV[typical] = _keep_typical(weights_SV[typical], mass_R1)
+    return weights_SV, ids_SV
 
-    cumulated_SV = probabilities.cumsum(dim=-1)
-    uniform = torch.from_numpy(uniform_numbers(params, positions)).to(device)
+
+def _keep_typical(weights_RV: Tensor, mass_R1: Tensor) -> Tensor:
+    """The weights of locally typical tokens; zero for the others."""
+    probabilities_RV = weights_RV / weights_RV.sum(dim=-1, keepdim=True)
+    surprise_RV = -probabilities_RV.log()
+    entropy_R1 = (probabilities_RV * surprise_RV).nansum(dim=-1, keepdim=True)  # 0 x inf counts 0
+    distance_RV = (surprise_RV - entropy_R1).abs()
+    nearest_RV, order_RV = distance_RV.sort(dim=-1, stable=True)
+    reached_RV = probabilities_RV.gather(1, order_RV).cumsum(dim=-1)
+    last_R1 = (reached_RV < mass_R1).sum(dim=-1, keepdim=True).clamp(max=weights_RV.shape[1] - 1)
+    return weights_RV.masked_fill(distance_RV > nearest_RV.gather(1, last_R1), 0.0)
+
+
+def _draw(logits_SV: Tensor, params: list[SamplingParams], positions: list[int]) -> list[int]:
+    weights_SV, ids_SV = ranked_probabilities(logits_SV, params)
+    cumulated_SV = weights_SV.cumsum(dim=-1)
+    uniform = torch.from_numpy(uniform_numbers(params, positions)).to(logits_SV.device)
     target = uniform[:, None] * cumulated_SV[:, -1:]
     picks = torch.searchsorted(cumulated_SV, target, right=True)
-    last_kept = (probabilities > 0).sum(dim=-1, keepdim=True) - 1
+    # a target rounded up to the whole sum belongs to the last token that can be drawn
+    ranks_V = torch.arange(logits_SV.shape[1], device=logits_SV.device)
+    last_kept = (ranks_V * (weights_SV > 0)).amax(dim=-1, keepdim=True)
     chosen: list[int] = ids_SV.gather(1, picks.minimum(last_kept))[:, 0].tolist()
     return chosen
 

@@ -1,49 +1,77 @@
 """Text to token ids and back, with SentencePiece's byte-fallback BPE. No torch, no chat format.
 
+The pieces come from `tokenizer.model`, through SentencePiece, or where there is none from
+`tokenizer.json`, through the `tokenizers` library; both give the same ids.
+
 Decoding works on bytes: a piece is its UTF-8 text, a byte piece one byte, a control token nothing.
 So a stream can be cut after any token without ever cutting a character.
 """
 
 import codecs
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 
 from model.errors import PromptError, TokenizerError
 
 _SPACE = "\u2581"  # SentencePiece's visible space
-_REPLACEMENT = "\ufffd"
+_UNKNOWN = " \u2047 "  # what SentencePiece decodes its unknown token to
+_BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+@dataclass(frozen=True)
+class _Vocabulary:
+    """What a tokenizer file holds."""
+
+    pieces: tuple[str, ...]
+    """As the file spells them, by id."""
+    piece_bytes: tuple[bytes, ...]
+    """UTF-8 bytes that each piece stands for; empty for control tokens."""
+    bos_id: int
+    eos_id: int
+    encode: Callable[[str], list[int]]
+    """Ids of a text alone; control tokens are never looked for in it."""
 
 
 class Tokenizer:
-    """A checkpoint's `tokenizer.model`. Immutable; safe to share between threads."""
+    """A checkpoint's tokenizer. Immutable; safe to share between threads."""
 
     def __init__(self, file: Path) -> None:
-        """Raises TokenizerError when the file is missing or not a SentencePiece model."""
+        """file: a SentencePiece model, or a `.json` file of the `tokenizers` library.
+
+        Raises TokenizerError when it is missing, damaged or of another kind.
+        """
         if not file.is_file():
-            raise TokenizerError(f"{file} does not exist; a checkpoint needs its tokenizer.model")
-        try:
-            self._pieces = sentencepiece.SentencePieceProcessor(model_file=str(file))
-        except (RuntimeError, OSError) as error:
-            raise TokenizerError(f"{file} is not a SentencePiece model: {error}") from error
-        self.vocab_size: int = self._pieces.get_piece_size()
-        self.bos_id: int = self._pieces.bos_id()
-        self.eos_id: int = self._pieces.eos_id()
-        self._bytes = tuple(self._bytes_of(token_id) for token_id in range(self.vocab_size))
-        self.longest_piece: int = max(
-            len(self._pieces.id_to_piece(token_id)) for token_id in range(self.vocab_size)
-        )
+            raise TokenizerError(
+                f"{file} does not exist; a checkpoint needs its tokenizer.model or tokenizer.json"
+            )
+        is_json = file.suffix == ".json"
+        vocabulary = _read_tokenizer_json(file) if is_json else _read_sentencepiece(file)
+        self._encode = vocabulary.encode
+        self._bytes = vocabulary.piece_bytes
+        self.vocab_size: int = len(vocabulary.pieces)
+        self.bos_id: int = vocabulary.bos_id
+        self.eos_id: int = vocabulary.eos_id
+        self.longest_piece: int = max(len(piece) for piece in vocabulary.pieces)
         """Characters of the longest piece: no text has fewer tokens than its length over this."""
         self._word_starts = frozenset(
-            token_id
-            for token_id in range(self.vocab_size)
-            if self._pieces.id_to_piece(token_id).startswith(_SPACE)
+            token_id for token_id, piece in enumerate(vocabulary.pieces) if piece.startswith(_SPACE)
         )
 
     @classmethod
     def from_folder(cls, folder: Path) -> "Tokenizer":
-        """The tokenizer of the checkpoint in `folder`. Raises TokenizerError."""
-        return cls(folder / "tokenizer.model")
+        """The tokenizer of the checkpoint in `folder`: `tokenizer.model`, else `tokenizer.json`.
+
+        Raises TokenizerError.
+        """
+        json_file = folder / "tokenizer.json"
+        is_json_alone = json_file.is_file() and not (folder / "tokenizer.model").exists()
+        return cls(json_file if is_json_alone else folder / "tokenizer.model")
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text` alone, without begin or end token.
@@ -57,8 +85,7 @@ class Tokenizer:
             raise PromptError(
                 f"the text is not valid Unicode at character {error.start}"
             ) from error
-        ids: list[int] = self._pieces.encode(text)
-        return ids
+        return self._encode(text)
 
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of a plain prompt: the begin token, then the text."""
@@ -81,17 +108,6 @@ class Tokenizer:
     def begins_word(self, token_id: int) -> bool:
         """Whether the piece begins with SentencePiece's space (a space byte or <unk> does not)."""
         return token_id in self._word_starts
-
-    def _bytes_of(self, token_id: int) -> bytes:
-        pieces = self._pieces
-        if pieces.is_control(token_id):
-            return b""
-        if pieces.is_unknown(token_id):
-            return str(pieces.decode([token_id])).encode()
-        piece: str = pieces.id_to_piece(token_id)
-        if pieces.is_byte(token_id):
-            return bytes([int(piece[3:-1], 16)])  # "<0x0A>"
-        return piece.replace(_SPACE, " ").encode()
 
 
 class StreamDecoder:
@@ -121,3 +137,94 @@ class StreamDecoder:
     def flush(self) -> str:
         """What was held back: U+FFFD for a character that was never completed."""
         return self._utf8.decode(b"", final=True)
+
+
+def _read_sentencepiece(file: Path) -> _Vocabulary:
+    try:
+        model = sentencepiece.SentencePieceProcessor(model_file=str(file))
+    except (RuntimeError, OSError) as error:
+        raise TokenizerError(f"{file} is not a SentencePiece model: {error}") from error
+
+    def bytes_of(token_id: int) -> bytes:
+        if model.is_control(token_id):
+            return b""
+        if model.is_unknown(token_id):
+            return str(model.decode([token_id])).encode()
+        piece: str = model.id_to_piece(token_id)
+        if model.is_byte(token_id):
+            return bytes([int(piece[3:-1], 16)])  # "<0x0A>"
+        return piece.replace(_SPACE, " ").encode()
+
+    ids = range(model.get_piece_size())
+    return _Vocabulary(
+        pieces=tuple(model.id_to_piece(token_id) for token_id in ids),
+        piece_bytes=tuple(map(bytes_of, ids)),
+        bos_id=model.bos_id(),
+        eos_id=model.eos_id(),
+        encode=model.encode,
+    )
+
+
+def _read_tokenizer_json(file: Path) -> _Vocabulary:
+    """A `tokenizer.json` that was made of a SentencePiece model, as Mixtral's were."""
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise TokenizerError(f"{file} needs the package tokenizers: {error}") from error
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        model, added = content["model"], content.get("added_tokens") or []
+        if model["type"] != "BPE" or not model["byte_fallback"]:
+            raise ValueError("the model is not BPE with byte fallback, as SentencePiece's is")
+        special = {token["content"]: token["id"] for token in added if token["special"]}
+        plain = {token["content"]: token["id"] for token in added if not token["special"]}
+        id_of: dict[str, int] = {**model["vocab"], **plain, **special}
+        pieces = tuple(sorted(id_of, key=lambda piece: id_of[piece]))
+        if [id_of[piece] for piece in pieces] != list(range(len(pieces))):
+            raise ValueError("the ids have gaps or are given twice")
+        # decided here and not in the library, which would look for control tokens in the text
+        content |= {"post_processor": None, "truncation": None, "padding": None, "decoder": None}
+        content["added_tokens"] = [token for token in added if not token["special"]]
+        content |= _spaces_as_in_sentencepiece(content)
+        encoder = tokenizers.Tokenizer.from_str(json.dumps(content))
+        bos_id, eos_id = special["<s>"], special["</s>"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise TokenizerError(f"{file} cannot be used: {error!r}") from error
+    except Exception as error:  # all that the library raises for a wrong file is Exception
+        raise TokenizerError(f"{file} is refused by the tokenizers library: {error}") from error
+
+    unknown = model.get("unk_token") or "<unk>"
+
+    def bytes_of(piece: str) -> bytes:
+        if piece == unknown:
+            return _UNKNOWN.encode()
+        if piece in special:
+            return b""
+        byte_piece = _BYTE_PIECE.fullmatch(piece)
+        if byte_piece:
+            return bytes([int(byte_piece[1], 16)])
+        return piece.replace(_SPACE, " ").encode()
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = encoder.encode(text, add_special_tokens=False).ids
+        return ids
+
+    return _Vocabulary(pieces, tuple(map(bytes_of, pieces)), bos_id, eos_id, encode)
+
+
+def _spaces_as_in_sentencepiece(content: dict[str, Any]) -> dict[str, Any]:
+    """The normalizer and pre-tokenizer that treat spaces as SentencePiece does.
+
+    Newer files let the pre-tokenizer Metaspace put the leading space. It puts none before a text
+    that begins with a space; SentencePiece, and the normalizer of older files, always do.
+    """
+    pre_tokenizer = content.get("pre_tokenizer")
+    if pre_tokenizer is None:
+        return {}
+    if pre_tokenizer.get("type") != "Metaspace" or content.get("normalizer") is not None:
+        raise ValueError(f"the pre-tokenizer {pre_tokenizer.get('type')} is not SentencePiece's")
+    steps: list[dict[str, Any]] = []
+    if pre_tokenizer.get("prepend_scheme", "always") != "never":
+        steps.append({"type": "Prepend", "prepend": _SPACE})
+    steps.append({"type": "Replace", "pattern": {"String": " "}, "content": _SPACE})
+    return {"pre_tokenizer": None, "normalizer": {"type": "Sequence", "normalizers": steps}}

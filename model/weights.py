@@ -1,22 +1,23 @@
 """Reading a checkpoint, tensor by tensor: a head takes all but the experts, a worker only its own.
 
-Knows Hugging Face's layout (one `model.safetensors`, or shards with an index). Files are opened
-lazily and mapped, so nothing is read that is not asked for.
+What a file calls a tensor is `layouts`' business, how its bytes are read `tensor_files`'. Nothing
+is read that is not asked for, and every tensor goes straight to where it is kept.
 """
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from model import layouts
 from model.config import MixtralConfig
-from model.errors import CheckpointError
+from model.errors import CheckpointError, QuantizationError
 from model.experts import ExpertWeights
+from model.quantize import quantize_expert, require
+from model.quantized_copy import QuantizedCopy, expert_bytes
+from model.tensor_files import StoredTensor, WeightFile, WeightFiles
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # fp8 needs scales
 
@@ -59,70 +60,104 @@ class Checkpoint:
         *,
         dtype: torch.dtype | None = None,
         device: str | torch.device = "cpu",
+        quantization: str | None = None,
     ) -> None:
         """dtype: what to convert to; None keeps the configuration's.
+        quantization: in which of `quantize.MODES` to hold the experts; None for a quantised copy's
+                      own, and none for any other folder.
 
-        Raises ConfigError or CheckpointError, naming the file.
+        Raises ConfigError or CheckpointError, naming the file; the latter also for tensors that no
+        Mixtral of this configuration has. Raises QuantizationError for a mode that cannot be had.
         """
         self.folder = folder
         self.config = MixtralConfig.from_folder(folder)
         self.dtype = dtype or getattr(torch, self.config.dtype)
         self.device = torch.device(device)
-        self._file_of = _index(folder)
-        self._open_files: dict[str, Any] = {}
+        self._copy = QuantizedCopy(folder, self.config) if QuantizedCopy.is_at(folder) else None
+        self.quantization = self._copy.mode if self._copy else quantization
+        if quantization is not None:
+            require(quantization)
+            if quantization != self.quantization:
+                raise QuantizationError(
+                    f"{folder} holds its experts as {self.quantization}, not as {quantization}"
+                )
+        self.files = WeightFiles(folder)
+        self.layout = layouts.detect(self.files.file_of, is_mistrals=self.files.is_mistrals)
+        self.sources = layouts.sources(self.config, self.layout)
+        self._known = {source.stored_name for source in self.sources.values()}
+        self._checked: set[str] = set()
+        for name, file_name in self.files.file_of.items():
+            self._refuse_surplus(folder / file_name, [name])
 
     @property
     def expert_bytes(self) -> int:
         """Bytes of one (layer, expert) once loaded."""
+        if self.quantization is not None:
+            return expert_bytes(self.config, self.quantization)
         return self.config.num_expert_parameters * self.dtype.itemsize
+
+    @property
+    def decoder_bytes(self) -> int:
+        """Bytes of everything but the experts once loaded."""
+        others = (source for source in self.sources.values() if source.part != "experts")
+        return sum(source.num_elements for source in others) * self.dtype.itemsize
+
+    def stored(self, name: str) -> StoredTensor:
+        """How a tensor, named as in the per-expert layout, is stored; reads only its file's header.
+
+        Raises CheckpointError when it is missing or not what the configuration says.
+        """
+        source = self.sources[name]
+        return self._file_with(source).tensors[source.stored_name]
 
     def load_decoder(self, on_bytes: OnBytes = ignore_bytes) -> DecoderWeights:
         """Everything but the experts. Raises CheckpointError naming file and tensor."""
         config = self.config
+        q_size = config.num_attention_heads * config.head_dim
+        kv_size = config.num_key_value_heads * config.head_dim
 
-        def load(name: str, *shape: int) -> Tensor:
-            return self._load(name, shape, on_bytes)
+        def load(name: str) -> Tensor:
+            return self._load((name,), on_bytes)
 
-        hidden, head_dim = config.hidden_size, config.head_dim
-        q_size = config.num_attention_heads * head_dim
-        kv_size = config.num_key_value_heads * head_dim
         layers = []
         for layer in range(config.num_hidden_layers):
             prefix = f"model.layers.{layer}"
-            qkv = [
-                load(f"{prefix}.self_attn.{name}_proj.weight", size, hidden)
-                for name, size in (("q", q_size), ("k", kv_size), ("v", kv_size))
-            ]
+            qkv = tuple(f"{prefix}.self_attn.{name}_proj.weight" for name in "qkv")
             layers.append(
                 LayerWeights(
-                    attention_norm_D=load(f"{prefix}.input_layernorm.weight", hidden),
-                    wqkv=torch.cat(qkv),
+                    attention_norm_D=load(f"{prefix}.input_layernorm.weight"),
+                    wqkv=self._load(qkv, on_bytes),
                     qkv_sizes=(q_size, kv_size, kv_size),
-                    wo=load(f"{prefix}.self_attn.o_proj.weight", hidden, q_size),
-                    experts_norm_D=load(f"{prefix}.post_attention_layernorm.weight", hidden),
-                    gate_ED=load(
-                        f"{prefix}.block_sparse_moe.gate.weight", config.num_local_experts, hidden
-                    ),
+                    wo=load(f"{prefix}.self_attn.o_proj.weight"),
+                    experts_norm_D=load(f"{prefix}.post_attention_layernorm.weight"),
+                    gate_ED=load(f"{prefix}.block_sparse_moe.gate.weight"),
                 )
             )
-        embedding_VD = load("model.embed_tokens.weight", config.vocab_size, hidden)
-        if config.tie_word_embeddings:
-            lm_head_VD = embedding_VD
-        else:
-            lm_head_VD = load("lm_head.weight", config.vocab_size, hidden)
-        final_norm_D = load("model.norm.weight", hidden)
+        embedding_VD = load("model.embed_tokens.weight")
+        lm_head_VD = embedding_VD if config.tie_word_embeddings else load("lm_head.weight")
+        final_norm_D = load("model.norm.weight")
         return DecoderWeights(embedding_VD, tuple(layers), final_norm_D, lm_head_VD)
 
     def load_expert(
         self, layer: int, expert_id: int, on_bytes: OnBytes = ignore_bytes
     ) -> ExpertWeights:
         """One expert of one layer. Raises CheckpointError naming file and tensor."""
-        hidden, inner = self.config.hidden_size, self.config.intermediate_size
+        if self.quantization is None:
+            return self._load_dense_expert(layer, expert_id, on_bytes)
+        if self._copy is not None:
+            weights = self._copy.load_expert(layer, expert_id, dtype=self.dtype, device=self.device)
+        else:
+            dense = self._load_dense_expert(layer, expert_id, ignore_bytes)
+            weights = quantize_expert(dense, self.quantization)
+        on_bytes(weights.num_bytes)
+        return weights
+
+    def _load_dense_expert(self, layer: int, expert_id: int, on_bytes: OnBytes) -> ExpertWeights:
         prefix = f"model.layers.{layer}.block_sparse_moe.experts.{expert_id}"
-        w1 = self._load(f"{prefix}.w1.weight", (inner, hidden), on_bytes)
-        w3 = self._load(f"{prefix}.w3.weight", (inner, hidden), on_bytes)
-        w2 = self._load(f"{prefix}.w2.weight", (hidden, inner), on_bytes)
-        return ExpertWeights(w13_2FD=torch.cat((w1, w3)), w2_DF=w2)
+        return ExpertWeights(
+            w13_2FD=self._load((f"{prefix}.w1.weight", f"{prefix}.w3.weight"), on_bytes),
+            w2_DF=self._load((f"{prefix}.w2.weight",), on_bytes),
+        )
 
     def load_experts(
         self, which: Iterable[tuple[int, int]], on_bytes: OnBytes = ignore_bytes
@@ -130,56 +165,66 @@ class Checkpoint:
         """Several experts, by (layer, expert)."""
         return {key: self.load_expert(*key, on_bytes) for key in which}
 
-    def _load(self, name: str, shape: tuple[int, ...], on_bytes: OnBytes) -> Tensor:
-        file_name = self._file_of.get(name)
+    def load_tensor(self, name: str) -> Tensor:
+        """One tensor by its name in the per-expert layout. Raises CheckpointError."""
+        return self._load((name,), ignore_bytes)
+
+    def _load(self, names: tuple[str, ...], on_bytes: OnBytes) -> Tensor:
+        """These tensors, one below the other in one. Each is read straight into its place."""
+        for name in names:
+            self.stored(name)  # a wrong configuration is refused before memory is asked for
+        shapes = [self.sources[name].shape for name in names]
+        num_rows = [shape[0] for shape in shapes]
+        loaded = torch.empty((sum(num_rows), *shapes[0][1:]), dtype=self.dtype, device=self.device)
+        for name, place in zip(names, loaded.split(num_rows), strict=True):
+            self._fill(place, self.sources[name])
+            on_bytes(place.nbytes)
+        return loaded
+
+    def _fill(self, place: Tensor, source: layouts.Source) -> None:
+        file, name = self._file_with(source), source.stored_name
+        stored_dtype = file.tensors[name].dtype
+        if place.device.type == "cpu" and place.dtype == stored_dtype and source.turn is None:
+            file.read(name, source.offset, place.view(-1))
+        else:
+            run = torch.empty(source.num_elements, dtype=stored_dtype)
+            file.read(name, source.offset, run)
+            run = run.view(source.run_shape)
+            place.copy_(source.turn(run) if source.turn else run)
+        # smallest and largest, not isfinite(): that would take half as much memory again
+        extremes = torch.stack(place.aminmax())
+        if not extremes.isfinite().all():
+            raise CheckpointError(f"{file.path}: {name} holds values that are not finite")
+
+    def _file_with(self, source: layouts.Source) -> WeightFile:
+        """The open file with this tensor, once its description is found to be right."""
+        name = source.stored_name
+        file_name = self.files.file_of.get(name)
         if file_name is None:
             raise CheckpointError(f"{self.folder}: the checkpoint has no tensor {name}")
-        file = self.folder / file_name
         try:
-            if file_name not in self._open_files:
-                self._open_files[file_name] = safe_open(file, framework="pt")
-            tensor: Tensor = self._open_files[file_name].get_tensor(name)
-        except FileNotFoundError as error:
-            raise CheckpointError(f"{file} does not exist but should hold {name}") from error
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file}: {name} cannot be read: {error}") from error
-        if tuple(tensor.shape) != shape:
+            file = self.files.open(file_name)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error} (it should hold {name})") from error
+        if file_name not in self._checked:
+            self._refuse_surplus(file.path, file.tensors)
+            self._checked.add(file_name)
+        stored = file.tensors.get(name)
+        if stored is None:
+            raise CheckpointError(f"{file.path} has no tensor {name}, though the index says so")
+        if stored.shape != source.stored_shape:
             raise CheckpointError(
-                f"{file}: {name} has shape {tuple(tensor.shape)}, config.json says {shape}"
+                f"{file.path}: {name} has shape {stored.shape}, "
+                f"the configuration says {source.stored_shape}"
             )
-        if tensor.dtype not in _FLOATS:
-            raise CheckpointError(f"{file}: {name} is {tensor.dtype}, not a floating type")
-        # clone: the mapped file's pages must not stay part of this process's weights
-        tensor = tensor.to(device=self.device, dtype=self.dtype, copy=True).contiguous()
-        if not tensor.isfinite().all():
-            raise CheckpointError(f"{file}: {name} holds values that are not finite")
-        on_bytes(tensor.nbytes)
-        return tensor
+        if stored.dtype not in _FLOATS:
+            raise CheckpointError(f"{file.path}: {name} is {stored.dtype}, not a floating type")
+        return file
 
-
-def _index(folder: Path) -> dict[str, str]:
-    """Which file holds which tensor."""
-    index_file = folder / "model.safetensors.index.json"
-    single_file = folder / "model.safetensors"
-    if index_file.is_file():
-        try:
-            weight_map = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
-            return {str(name): _plain_name(file) for name, file in weight_map.items()}
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise CheckpointError(f"{index_file} is not an index of shards: {error!r}") from error
-    if single_file.is_file():
-        try:
-            with safe_open(single_file, framework="pt") as tensors:
-                return dict.fromkeys(tensors.keys(), single_file.name)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{single_file} is not a safetensors file: {error}") from error
-    raise CheckpointError(
-        f"{folder} holds no weights: neither {single_file.name} nor {index_file.name} is there"
-    )
-
-
-def _plain_name(file_name: str) -> str:
-    """A shard's name as the index gives it; it may not lead out of the folder."""
-    if Path(file_name).name != file_name or file_name in ("", ".."):
-        raise ValueError(f"{file_name!r} is not a plain file name")
-    return file_name
+    def _refuse_surplus(self, path: Path, names: Iterable[str]) -> None:
+        for name in names:
+            if name not in self._known and not layouts.is_harmless(name, self.config):
+                raise CheckpointError(
+                    f"{path}: {name} is a tensor that the configured Mixtral does not have "
+                    f"(layout: {self.layout.value})"
+                )

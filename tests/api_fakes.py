@@ -17,6 +17,7 @@ from cluster.ingress.journal import Journal
 from cluster.metrics import IngressMetrics
 from cluster.schema import Readiness
 from model.chat import ChatFormat
+from model.config import GenerationDefaults
 from model.tokenizer import Tokenizer
 
 DEADLINE_S = 30.0
@@ -145,6 +146,7 @@ class Api:
             max_model_len=CONTEXT,
             vocab_size=VOCAB_SIZE,
             eos_token_ids=(EOS,),
+            defaults=GenerationDefaults(),
             max_concurrent_requests=2,
             max_body_bytes=20_000,
         )

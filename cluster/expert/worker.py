@@ -34,6 +34,7 @@ class WorkerSettings:
     name: str
     checkpoint: Path
     dtype: str | None
+    quantization: str | None
     device: str
     num_threads: int
     host: str
@@ -47,13 +48,15 @@ class WorkerReport:
     address: str
     incarnation: int
     epoch: int
+    num_loaded: int
+    """Experts that can be asked for."""
+    num_wanted: int
     loaded_bytes: int
-    wanted_bytes: int
     error: str | None
 
     @property
     def is_loaded(self) -> bool:
-        return self.error is None and self.loaded_bytes == self.wanted_bytes > 0
+        return self.error is None and self.num_loaded == self.num_wanted > 0
 
 
 class ExpertWorker:
@@ -67,12 +70,15 @@ class ExpertWorker:
         torch.set_num_threads(settings.num_threads)
         self._settings = settings
         checkpoint = Checkpoint(
-            settings.checkpoint, dtype=torch_dtype(settings.dtype), device=settings.device
+            settings.checkpoint,
+            dtype=torch_dtype(settings.dtype),
+            device=settings.device,
+            quantization=settings.quantization,
         )
         self._checkpoint = checkpoint
         self._held: dict[tuple[int, int], ExpertWeights] = {}
         self._loaded_bytes = 0
-        self._wanted_bytes = 0
+        self._num_wanted = 0
         self._error: str | None = None
         self._loader: threading.Thread | None = None
 
@@ -105,7 +111,7 @@ class ExpertWorker:
         if self._loader is not None and self._loader.is_alive():
             return
         missing = [unit for unit in which if unit not in self._held]
-        self._wanted_bytes = len(which) * self._checkpoint.expert_bytes
+        self._num_wanted = len(which)
         self._error = None
         self._loader = threading.Thread(
             target=self._load, args=(missing,), name="loader", daemon=True
@@ -124,8 +130,9 @@ class ExpertWorker:
             address=self._address,
             incarnation=self._identity.incarnation,
             epoch=self._epoch,
+            num_loaded=len(self._held),
+            num_wanted=self._num_wanted,
             loaded_bytes=self._loaded_bytes,
-            wanted_bytes=self._wanted_bytes,
             error=self._error,
         )
 

@@ -23,7 +23,7 @@ from model.decoder import Decoder
 from model.experts import Experts, PendingRows
 from model.kv_cache import KVCache
 from model.router import Routing
-from model.sampler import sample
+from model.sampler import History, sample
 
 logger = logging.getLogger(__name__)
 
@@ -254,8 +254,12 @@ class Engine:
         sampling = [chunk.sequence for chunk in chunks if chunk.samples]
         if not sampling:
             return []
-        positions = [len(sequence.token_ids) for sequence in sampling]
-        return sample(logits_SV, [sequence.params for sequence in sampling], positions)
+        return sample(
+            logits_SV,
+            [sequence.params for sequence in sampling],
+            [len(sequence.token_ids) for sequence in sampling],
+            [History(sequence.token_ids, len(sequence.prompt_ids)) for sequence in sampling],
+        )
 
     def _publish(self, emitted: list[Sequence]) -> None:
         """One message to every outbox that has news."""

@@ -92,7 +92,7 @@ class HeadReplica:
         checkpoint = Checkpoint(
             config.checkpoint_folder(), dtype=torch_dtype(config.dtype), device=config.device
         )
-        decoder = Decoder(checkpoint.config, checkpoint.load_decoder())
+        decoder = Decoder(checkpoint.config, checkpoint.load_decoder(), attention=config.attention)
         identity = rpc.Identity(self._name, rpc.fingerprint(checkpoint.config, config.dtype))
         experts = RemoteExperts(
             self._feed,
@@ -137,6 +137,7 @@ class HeadReplica:
             pool,
             max_running=config.max_running_sequences,
             max_tokens_per_step=config.max_tokens_per_step,
+            sliding_window=decoder.config.sliding_window,
         )
         return Engine(decoder, cache, scheduler, experts, metrics, max_model_len=max_model_len)
 

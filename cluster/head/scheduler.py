@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from cluster.head.sequence import Sequence
 from model.batch import Span
-from model.blocks import BlockPool
+from model.blocks import BlockPool, blocks_of_sequence
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,17 @@ class Scheduler:
     Owned by the engine's thread. Mutable state: `waiting`, `running` and the block pool.
     """
 
-    def __init__(self, pool: BlockPool, *, max_running: int, max_tokens_per_step: int) -> None:
-        """Raises ValueError if a step could not give every running sequence a token: those that
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        max_running: int,
+        max_tokens_per_step: int,
+        sliding_window: int | None = None,
+    ) -> None:
+        """sliding_window: of the model; a sequence then needs no more blocks than it can see.
+
+        Raises ValueError if a step could not give every running sequence a token: those that
         compute a prompt would starve behind those that decode.
         """
         if max_tokens_per_step < max_running:
@@ -61,6 +70,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self._max_running = max_running
         self._max_tokens_per_step = max_tokens_per_step
+        self._sliding_window = sliding_window
 
     def __repr__(self) -> str:
         return f"Scheduler({len(self.running)} running, {len(self.waiting)} waiting, {self.pool})"
@@ -71,7 +81,7 @@ class Scheduler:
 
     def can_ever_fit(self, sequence: Sequence) -> bool:
         """Whether the whole cache would hold this sequence."""
-        return self.pool.blocks_for(sequence.max_len) <= self.pool.num_blocks
+        return self._blocks_of(sequence) <= self.pool.num_blocks
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence. It must be able to fit."""
@@ -122,11 +132,19 @@ class Scheduler:
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self._max_running:
             sequence = self.waiting[0]
-            blocks = self.pool.allocate(self.pool.blocks_for(sequence.max_len))
+            blocks = self.pool.allocate(self._blocks_of(sequence))
             if blocks is None:
                 return
             sequence.blocks = blocks
             self.running.append(self.waiting.popleft())
+
+    def _blocks_of(self, sequence: Sequence) -> int:
+        return blocks_of_sequence(
+            sequence.max_len,
+            self.pool.block_size,
+            window=self._sliding_window,
+            max_new=self._max_tokens_per_step,
+        )
 
     def _end(self, sequence: Sequence) -> None:
         self.running.remove(sequence)

@@ -117,6 +117,10 @@ def _params(params: head_pb2.SamplingParams) -> SamplingParams:
         seed=params.seed,
         choice=params.choice,
         stop_token_ids=tuple(params.stop_token_ids),
+        min_tokens=params.min_tokens,
+        repetition_penalty=params.repetition_penalty,
+        min_p=params.min_p,
+        typical_p=params.typical_p,
     )
 
 

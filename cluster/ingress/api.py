@@ -44,13 +44,18 @@ from cluster.schema import (
     Usage,
 )
 from model.chat import ChatFormat, Message
+from model.config import GenerationDefaults
 from model.errors import PromptError
 from model.sampling_params import SamplingParams
-from model.tokenizer import StreamDecoder, Tokenizer
+from model.stop import TextStream
+from model.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+_SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+"""Fields that `generation_config.json` may have a default for."""
 
 
 class Engine(Protocol):
@@ -84,6 +89,8 @@ class ApiSettings:
     max_model_len: int
     vocab_size: int
     eos_token_ids: tuple[int, ...]
+    defaults: GenerationDefaults
+    """What the checkpoint's makers recommend, for fields that a request leaves open."""
     max_concurrent_requests: int
     """Of this ingress."""
     max_body_bytes: int
@@ -312,6 +319,11 @@ class _Api:
             )
         return tuple(prompt)
 
+    def _asked(self, body: GenerationRequest, name: str) -> Any:
+        """A sampling field: the request's, else the checkpoint's default, else OpenAI's."""
+        default = getattr(self._settings.defaults, name)
+        return getattr(body, name) if name in body.model_fields_set or default is None else default
+
     def _check_length(self, num_characters: int, param: str) -> None:
         """Refuse what is too long whatever its tokens, before the event loop counts them."""
         context = self._settings.max_model_len
@@ -342,6 +354,14 @@ class _Api:
                 f"{max_tokens_field}: {max_tokens} exceeds the context of {context} tokens",
                 param=max_tokens_field,
             )
+        unknown = [t for t in body.stop_token_ids if t >= self._settings.vocab_size]
+        if unknown:
+            raise RequestError(
+                400, f"stop_token_ids: {unknown[0]} is out of vocabulary", param="stop_token_ids"
+            )
+        sampling = {name: self._asked(body, name) for name in _SAMPLING_FIELDS}
+        sampling["top_k"] = max(sampling["top_k"], 0)
+        own_ends = () if body.ignore_eos else self._settings.eos_token_ids
         seed = body.seed if body.seed is not None else secrets.randbits(63)
         journals = []
         for prompt in prompts:
@@ -357,12 +377,12 @@ class _Api:
             for choice in range(body.n):
                 params = SamplingParams(
                     max_tokens=min(room, max_tokens or room),
-                    temperature=body.temperature,
-                    top_k=max(body.top_k, 0),
-                    top_p=body.top_p,
                     seed=seed,
                     choice=choice,
-                    stop_token_ids=self._settings.eos_token_ids,
+                    stop_token_ids=(*own_ends, *body.stop_token_ids),
+                    min_tokens=body.min_tokens,
+                    typical_p=body.typical_p,
+                    **sampling,
                 )
                 journals.append(Journal(prompt, params))
         return journals
@@ -375,8 +395,11 @@ class _Api:
                 generate_text(
                     self._engine.generate,
                     journal,
-                    StreamDecoder(self._tokenizer, continues_text=work.continues_text),
-                    work.body.stop_strings,
+                    TextStream(
+                        self._tokenizer,
+                        work.body.stop_strings,
+                        continues_text=work.continues_text,
+                    ),
                 )
                 for journal in work.journals
             ]

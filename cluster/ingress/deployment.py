@@ -1,6 +1,7 @@
 """The Ray Serve deployment round the HTTP API."""
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -18,8 +19,10 @@ from cluster.metrics import IngressMetrics, merge
 from cluster.placement import ClusterView
 from cluster.schema import Readiness, WorkerStatus
 from model.chat import ChatFormat
-from model.config import MixtralConfig
+from model.config import GenerationDefaults, MixtralConfig
 from model.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 class Ingress:
@@ -31,6 +34,12 @@ class Ingress:
         """
         folder = config.checkpoint_folder()
         model = MixtralConfig.from_folder(folder)
+        defaults = GenerationDefaults.from_folder(folder)
+        logger.info(
+            "defaults of generation_config.json: %s; end tokens: %s",
+            defaults,
+            model.eos_token_ids,
+        )
         tokenizer = Tokenizer.from_folder(folder)
         metrics = IngressMetrics()
         name = f"ingress-{serve.get_replica_context().replica_id.unique_id}"
@@ -44,6 +53,7 @@ class Ingress:
                 max_model_len=config.max_model_len or model.max_position_embeddings,
                 vocab_size=model.vocab_size,
                 eos_token_ids=model.eos_token_ids,
+                defaults=defaults,
                 max_concurrent_requests=-(-config.max_concurrent_requests // config.num_ingresses),
                 max_body_bytes=config.max_body_bytes,
             ),

@@ -169,6 +169,10 @@ def _submit(request_id: int, journal: Journal) -> head_pb2.HeadRequest:
                 seed=params.seed,
                 choice=params.choice,
                 stop_token_ids=params.stop_token_ids,
+                min_tokens=max(0, params.min_tokens - len(journal.emitted_ids)),
+                repetition_penalty=params.repetition_penalty,
+                min_p=params.min_p,
+                typical_p=params.typical_p,
             ),
         )
     )

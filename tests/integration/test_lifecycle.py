@@ -127,6 +127,36 @@ def copy_checkpoint(source: Path, target: Path, *, without: str = "") -> None:
             (target / file.name).write_bytes(file.read_bytes())
 
 
+def test_workers_with_quantised_experts_hold_a_fraction_and_still_tell_stories() -> None:
+    service = Service.start("--experts", "int4")
+    try:
+        with service.client() as client:
+            held = sum(worker.num_bytes for worker in client.ready().workers)
+            question = [{"role": "user", "content": "What does a cow say?"}]
+            answer = client.chat.completions.create(messages=question, temperature=0)
+    finally:
+        service.stop()
+    in_bfloat16 = 6 * 8 * 3 * 192 * 224 * 2
+    assert held <= 0.35 * in_bfloat16
+    assert answer.choices[0].message.content == "A cow says moo."
+
+
+def test_inspect_names_every_part_of_a_checkpoint(tiny_folder: Path) -> None:
+    ended = run("inspect", str(tiny_folder))
+    assert ended.returncode == 0, ended.stderr
+    for part in ("7,581,120 parameters", "embeddings", "experts", "nf4", "a worker of 2"):
+        assert part in ended.stdout
+
+
+def test_a_quantised_copy_is_used_like_any_checkpoint(tmp_path: Path, tiny_folder: Path) -> None:
+    copy = tmp_path / "copy"
+    ended = run("quantize", str(tiny_folder), str(copy), "--mode", "int8")
+    assert ended.returncode == 0, ended.stderr
+    assert "s left" in ended.stderr  # progress: bytes, rate, time left
+    told = run("generate", "--local", "--model", str(copy), "--prompt", PROMPT, "--max-tokens", "9")
+    assert told.stdout.startswith(f"{PROMPT}, there was a"), told.stderr
+
+
 def test_the_demo_tells_a_story_and_ends() -> None:
     ended = run("demo", "--max-tokens", "40")
     assert ended.returncode == 0, ended.stderr

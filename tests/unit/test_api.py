@@ -21,6 +21,7 @@ from cluster.schema import (
     ModelList,
     Readiness,
 )
+from model.config import GenerationDefaults
 from protos import head_pb2
 from tests.api_fakes import (
     BOTH,
@@ -30,6 +31,7 @@ from tests.api_fakes import (
     DONE,
     EITHER_WAY,
     EOS,
+    LETTER_C,
     LOADING,
     MODEL_ID,
     USER,
@@ -37,6 +39,7 @@ from tests.api_fakes import (
     Api,
     assert_error,
     body_for,
+    fails_after,
 )
 
 SECRET = ValueError("the password is hunter2")
@@ -259,6 +262,38 @@ def test_journals_carry_what_was_asked(api: Api) -> None:
         assert (p.temperature, p.top_p, p.top_k, p.seed) == (0.5, 0.25, 7, -3)
         assert p.stop_token_ids == (EOS,)
         assert p.max_tokens == 16
+
+
+def test_journals_carry_vllms_parameters_too(api: Api) -> None:
+    asked = {"min_p": 0.1, "typical_p": 0.9, "repetition_penalty": 1.2, "min_tokens": 3}
+    api.post(COMPLETIONS, {"prompt": "a", "stop_token_ids": [LETTER_C], **asked})
+    params = api.engine.journals[0].params
+    assert {name: getattr(params, name) for name in asked} == asked
+    assert params.stop_token_ids == (EOS, LETTER_C)
+
+
+def test_ignore_eos_leaves_only_the_callers_own_stop_tokens(api: Api) -> None:
+    body = {"prompt": "the wind", "ignore_eos": True, "stop_token_ids": [9], "max_tokens": 1}
+    api.post(COMPLETIONS, body)
+    assert api.engine.journals[0].params.stop_token_ids == (9,)
+
+
+def test_a_stop_token_ends_the_text_and_is_no_part_of_it(api: Api) -> None:
+    api.engine.script = fails_after(4, AssertionError("it goes on after a stop token"))
+    body = {"prompt": "a", "stop_token_ids": [LETTER_C]}
+    choice = api.post(COMPLETIONS, body).json()["choices"][0]
+    assert (choice["text"], choice["finish_reason"]) == ("", "stop")
+
+
+def test_what_a_request_leaves_open_is_as_the_checkpoint_recommends(api: Api) -> None:
+    defaults = GenerationDefaults(temperature=0.3, top_k=40, repetition_penalty=1.1)
+    api.configure(defaults=defaults)
+    api.post(COMPLETIONS, {"prompt": "a"})
+    api.post(COMPLETIONS, {"prompt": "a", "temperature": 1, "top_k": -1, "top_p": 0.5})
+    silent, explicit = (journal.params for journal in api.engine.journals)
+    assert (silent.temperature, silent.top_k, silent.repetition_penalty) == (0.3, 40, 1.1)
+    assert (explicit.temperature, explicit.top_k, explicit.top_p) == (1.0, 0, 0.5)
+    assert explicit.repetition_penalty == 1.1
 
 
 def test_null_and_minus_one_are_defaults(api: Api) -> None:

@@ -10,8 +10,8 @@ from pydantic import ValidationError
 
 from cluster import config
 from cluster.config import ServeConfig
-from cluster.errors import ConfigurationError
 from model import TINY
+from model.errors import CheckpointError
 
 
 def test_the_defaults_are_valid_and_stay_on_this_machine() -> None:
@@ -134,7 +134,7 @@ def test_a_folder_that_is_not_there_is_an_error_that_names_it(tmp_path: Path) ->
     missing, file = tmp_path / "missing", tmp_path / "file"
     file.write_text("")
     for path in (missing, file):
-        with pytest.raises(ConfigurationError, match=f"{path.name} is not a folder"):
+        with pytest.raises(CheckpointError, match=path.name):
             ServeConfig(model=path).checkpoint_folder()
 
 

@@ -1,5 +1,6 @@
 """Draws follow the stated probabilities, and belong to their request alone."""
 
+import random
 from itertools import accumulate
 from typing import Any
 
@@ -11,7 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from model.errors import SamplingError
-from model.sampler import philox4x32, sample, uniform_numbers
+from model.sampler import (
+    History,
+    look_back,
+    philox4x32,
+    ranked_probabilities,
+    sample,
+    uniform_numbers,
+)
 from model.sampling_params import MAX_SEED, SamplingParams
 
 # --- the generator ---
@@ -62,6 +70,11 @@ PARAMS = st.builds(
     temperature=st.sampled_from([0.0, 0.5, 1.0, 2.0]),
     top_k=st.sampled_from([0, 1, 5, 10_000]),
     top_p=st.sampled_from([0.1, 0.9, 1.0]),
+    min_p=st.sampled_from([0.0, 0.1]),
+    typical_p=st.sampled_from([0.5, 1.0]),
+    repetition_penalty=st.sampled_from([0.5, 1.0, 1.5]),
+    min_tokens=st.sampled_from([0, 4]),
+    stop_token_ids=st.sampled_from([(), (3, 7), (199, 5_000)]),
     seed=st.integers(-MAX_SEED - 1, MAX_SEED),
     choice=st.integers(0, 1_000),
 )
@@ -75,12 +88,19 @@ def test_a_draw_depends_on_its_own_request_alone(
     generator = torch.Generator().manual_seed(logits_seed)
     logits_SV = torch.randn(len(requests), 200, generator=generator)
     params, positions = zip(*requests, strict=True)
-    together = sample(logits_SV, params, positions)
+    rng = random.Random(logits_seed)
+    histories = [
+        History(rng.choices(range(200), k=num_tokens), num_prompt_tokens=min(num_tokens, 5))
+        for num_tokens in (rng.randint(1, 12) for _ in requests)
+    ]
+    before = logits_SV.clone()
+    together = sample(logits_SV, params, positions, histories)
     alone = [
-        sample(logits_SV[row : row + 1], [params[row]], [positions[row]])[0]
+        sample(logits_SV[row : row + 1], [params[row]], [positions[row]], [histories[row]])[0]
         for row in range(len(requests))
     ]
     assert together == alone
+    assert logits_SV.equal(before)
 
 
 @pytest.mark.parametrize(
@@ -160,6 +180,89 @@ def test_a_vanishing_temperature_is_greedy(temperature: float) -> None:
     assert sample(logits_SV, params, [3] * 20) == logits_SV.argmax(-1).tolist()
 
 
+# --- as transformers ---
+
+
+def transformers_scores(logits_SV: Tensor, params: SamplingParams, history: History) -> Tensor:
+    """What transformers' `generate` would draw from: its processors, in its order."""
+    from transformers.generation import logits_process as theirs
+
+    processors: list[Any] = []
+    if params.repetition_penalty != 1.0:
+        processors.append(theirs.RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
+    if params.min_tokens:
+        processors.append(
+            theirs.MinNewTokensLengthLogitsProcessor(
+                history.num_prompt_tokens, params.min_tokens, torch.tensor(params.stop_token_ids)
+            )
+        )
+    if params.temperature:
+        processors.append(theirs.TemperatureLogitsWarper(params.temperature))
+        processors.append(theirs.TopKLogitsWarper(params.top_k or logits_SV.shape[1]))
+        processors.append(theirs.TopPLogitsWarper(params.top_p))
+        processors.append(theirs.MinPLogitsWarper(params.min_p))
+        if params.typical_p < 1.0:
+            processors.append(theirs.TypicalLogitsWarper(params.typical_p))
+    ids = torch.tensor([list(history.token_ids)])
+    for processor in processors:
+        logits_SV = processor(ids, logits_SV)
+    return logits_SV
+
+
+@given(
+    params=st.builds(
+        SamplingParams,
+        temperature=st.sampled_from([0.3, 1.0, 2.5]),
+        top_k=st.sampled_from([0, 1, 7, 30]),
+        top_p=st.floats(0.05, 1.0),
+        min_p=st.floats(0.0, 1.0),
+        typical_p=st.floats(0.05, 1.0),
+        repetition_penalty=st.floats(0.3, 3.0),
+        min_tokens=st.sampled_from([0, 3, 4]),
+        max_tokens=st.just(9),
+        stop_token_ids=st.just((1, 4)),
+    ),
+    seed=st.integers(0, 2**32),
+)
+def test_weights_are_what_transformers_draws_from(params: SamplingParams, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    # in float64, so that no sum lands on the other side of a bound by its rounding
+    logits_SV = 3 * torch.randn(1, 40, generator=generator, dtype=torch.float64)
+    history = History(torch.randint(40, (8,), generator=generator).tolist(), num_prompt_tokens=5)
+    expected = transformers_scores(logits_SV, params, history).softmax(dim=-1)
+    weights_SV, ids_SV = ranked_probabilities(look_back(logits_SV, [params], [history]), [params])
+    actual = torch.zeros_like(expected).scatter(1, ids_SV, weights_SV / weights_SV.sum())
+    assert torch.allclose(actual, expected, atol=1e-12)
+
+
+@given(
+    repetition_penalty=st.floats(0.1, 10.0),
+    min_tokens=st.integers(0, 8),
+    seed=st.integers(0, 2**32),
+)
+def test_greedy_looks_back_as_transformers_does(
+    repetition_penalty: float, min_tokens: int, seed: int
+) -> None:
+    params = SamplingParams(
+        temperature=0.0,
+        repetition_penalty=repetition_penalty,
+        min_tokens=min_tokens,
+        stop_token_ids=(0, 2),
+    )
+    generator = torch.Generator().manual_seed(seed)
+    logits_SV = torch.randn(1, 6, generator=generator)
+    history = History(torch.randint(6, (8,), generator=generator).tolist(), num_prompt_tokens=5)
+    expected = transformers_scores(logits_SV, params, history)
+    assert look_back(logits_SV, [params], [history]).equal(expected)
+    assert sample(logits_SV, [params], [8], [history]) == expected.argmax(-1).tolist()
+
+
+def test_a_parameter_that_looks_back_needs_the_history() -> None:
+    for params in (SamplingParams(repetition_penalty=1.1), SamplingParams(min_tokens=1)):
+        with pytest.raises(AssertionError, match="histories"):
+            sample(torch.zeros(1, 4), [params], [0])
+
+
 # --- how often ---
 
 
@@ -170,6 +273,9 @@ def chi_square(observed: Any, probabilities: Any) -> float:
 
 def expected_distribution(logits_V: Tensor, params: SamplingParams) -> Any:
     """By the definitions, one token after the other."""
+    if params.min_p or params.typical_p < 1.0:
+        scores = transformers_scores(logits_V[None].double(), params, History([0], 1))
+        return scores[0].softmax(-1).numpy()
     scaled = (logits_V.double() / params.temperature).softmax(-1).tolist()
     kept, mass = {}, 0.0
     for token_id in ranking(scaled)[: params.top_k or len(scaled)]:
@@ -194,6 +300,8 @@ def expected_distribution(logits_V: Tensor, params: SamplingParams) -> Any:
         {"top_k": 5},
         {"top_p": 0.7},
         {"temperature": 2.0, "top_k": 9, "top_p": 0.8},
+        {"min_p": 0.2},
+        {"typical_p": 0.2},  # leaves out the likeliest token
     ],
     ids=str,
 )
@@ -227,6 +335,17 @@ def test_draws_follow_the_stated_probabilities(varied: str, fields: dict[str, An
         ("temperature", float("nan")),
         ("temperature", float("inf")),
         ("top_k", -1),
+        ("min_tokens", -1),
+        ("min_tokens", 17),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", 101.0),
+        ("repetition_penalty", float("nan")),
+        ("min_p", -0.1),
+        ("min_p", 1.1),
+        ("min_p", float("nan")),
+        ("typical_p", 0.0),
+        ("typical_p", 1.1),
+        ("typical_p", float("nan")),
         ("top_p", 0.0),
         ("top_p", 1.01),
         ("top_p", float("nan")),
@@ -248,6 +367,11 @@ def test_a_parameter_out_of_bounds_is_refused_by_name(field: str, value: float) 
         ("temperature", 0.0),
         ("temperature", 100.0),
         ("top_k", 0),
+        ("min_tokens", 16),
+        ("repetition_penalty", 0.01),
+        ("repetition_penalty", 100.0),
+        ("min_p", 1.0),
+        ("typical_p", 1e-9),
         ("top_p", 1e-9),
         ("top_p", 1.0),
         ("seed", MAX_SEED),
@@ -257,4 +381,4 @@ def test_a_parameter_out_of_bounds_is_refused_by_name(field: str, value: float) 
 )
 def test_the_bounds_themselves_can_be_sampled(field: str, value: float) -> None:
     params = SamplingParams(**{field: value})
-    assert sample(torch.zeros(1, 8), [params], [0])[0] in range(8)
+    assert sample(torch.zeros(1, 8), [params], [0], [History([1], 1)])[0] in range(8)

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from cluster.ingress.journal import Finish, Journal
 from cluster.ingress.merge import merge
-from cluster.ingress.text import StopMatcher, TextDelta, generate_text
+from cluster.ingress.text import TextDelta, generate_text
 from model.sampling_params import SamplingParams
-from model.tokenizer import StreamDecoder, Tokenizer
+from model.stop import StopMatcher, TextStream
+from model.tokenizer import Tokenizer
 
 TEXTS = st.text(alphabet="abc", max_size=30)
 """Few letters, so that stop strings overlap with the text, each other and themselves."""
@@ -144,8 +145,8 @@ def tokenizer(tiny_folder: Path) -> Tokenizer:
 def read(head: Head, tokenizer: Tokenizer, *stops: str) -> list[TextDelta]:
     async def collect() -> list[TextDelta]:
         journal = Journal((1,), SamplingParams())
-        decoder = StreamDecoder(tokenizer, continues_text=True)
-        deltas = generate_text(head.generate, journal, decoder, stops)
+        stream = TextStream(tokenizer, stops, continues_text=True)
+        deltas = generate_text(head.generate, journal, stream)
         async with aclosing(deltas) as items:
             return [delta async for delta in items]
 
@@ -219,8 +220,8 @@ def test_closing_the_text_closes_the_ids(tokenizer: Tokenizer) -> None:
 
     async def leave_early() -> None:
         journal = Journal((1,), SamplingParams())
-        decoder = StreamDecoder(tokenizer, continues_text=True)
-        deltas = generate_text(head.generate, journal, decoder, ())
+        stream = TextStream(tokenizer, (), continues_text=True)
+        deltas = generate_text(head.generate, journal, stream)
         await anext(deltas)
         await deltas.aclose()
 

@@ -61,6 +61,51 @@ def test_heads_share_the_hidden_size_unless_told_otherwise() -> None:
     assert MixtralConfig.from_dict(small_config(head_dim=6)).head_dim == 6
 
 
+def test_key_value_heads_of_null_are_as_many_as_query_heads() -> None:
+    assert MixtralConfig.from_dict(small_config(num_key_value_heads=None)).num_key_value_heads == 4
+    left_out = small_config(num_attention_heads=8)
+    del left_out["num_key_value_heads"]
+    assert MixtralConfig.from_dict(left_out).num_key_value_heads == 8
+
+
+def test_experts_may_be_counted_under_their_newer_name() -> None:
+    newer = small_config(num_experts=4)
+    del newer["num_local_experts"]
+    assert MixtralConfig.from_dict(newer) == MixtralConfig.from_dict(small_config())
+
+
+@pytest.mark.parametrize("window", [None, 8])
+def test_a_sliding_window_is_null_or_a_number(window: int | None) -> None:
+    assert MixtralConfig.from_dict(small_config(sliding_window=window)).sliding_window == window
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("num_experts", 8), ("dtype", "bfloat16"), ("rope_parameters", {"rope_theta": 1e6})],
+)
+def test_two_spellings_that_differ_are_refused(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=name):
+        MixtralConfig.from_dict(small_config(**{name: value}))
+
+
+def test_what_transformers_writes_is_read_as_it_was_meant(tmp_path: Path) -> None:
+    from transformers import MixtralConfig as Reference
+
+    theirs = Reference(
+        vocab_size=24,
+        hidden_size=16,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=5,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 5e4},
+    )
+    theirs.save_pretrained(tmp_path)
+    ours = MixtralConfig.from_folder(tmp_path)
+    assert (ours.num_key_value_heads, ours.head_dim) == (2, 4)
+    assert (ours.sliding_window, ours.tie_word_embeddings, ours.rope_theta) == (5, True, 5e4)
+
+
 def test_unknown_keys_and_nulls_change_nothing() -> None:
     plain = MixtralConfig.from_dict(small_config())
     noisy = small_config(router_jitter_noise=0.1, eos_token_id=None, rope_scaling=None)
@@ -108,6 +153,10 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type 'linear'"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope type 'yarn'"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"rope_scaling": {"rope_type": "llama3"}}, "rope_scaling"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
+        ({"num_local_experts": 10**9}, "num_local_experts"),
         ({"num_key_value_heads": 3}, "num_key_value_heads"),
         ({"num_experts_per_tok": 5}, "num_experts_per_tok"),
         ({"num_experts_per_tok": 0}, "num_experts_per_tok"),
@@ -135,6 +184,11 @@ def test_what_cannot_be_served_is_refused_by_name(changes: dict[str, Any], named
         ("rope_theta", "large"),
         ("rms_norm_eps", -1e-5),
         ("rope_scaling", ["linear"]),
+        ("tie_word_embeddings", "no"),
+        ("bos_token_id", "<s>"),
+        ("eos_token_id", [2, None]),
+        ("eos_token_id", -1),
+        ("eos_token_id", []),
     ],
 )
 def test_a_value_of_the_wrong_kind_is_refused_by_name(field: str, value: Any) -> None:
@@ -286,6 +340,16 @@ def test_a_value_too_large_for_the_dtype_is_refused(
     load_all(folder, dtype=torch.bfloat16)
     with pytest.raises(CheckpointError, match=W2):
         load_all(folder, dtype=torch.float16)
+
+
+@pytest.mark.parametrize("field", ["hidden_size", "intermediate_size", "vocab_size"])
+def test_a_size_beyond_all_memory_is_refused_as_a_wrong_shape(
+    tmp_path: Path, tensors: dict[str, Tensor], field: str
+) -> None:
+    write_checkpoint(tmp_path, CONFIG, tensors)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {field: 4 * 10**30}))
+    with pytest.raises(CheckpointError, match="has shape"):
+        load_all(tmp_path)
 
 
 def test_an_8_bit_float_without_its_scale_is_refused(

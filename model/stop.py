@@ -1,0 +1,70 @@
+"""Where a text ends: stop strings in text that grows token by token. No torch."""
+
+from collections.abc import Sequence
+
+from model.tokenizer import StreamDecoder, Tokenizer
+
+
+class StopMatcher:
+    """Finds stop strings in a growing text, and never lets a part of one out.
+
+    Neither the stop string nor what follows it is ever shown, as in OpenAI's API (transformers
+    would keep it).
+    """
+
+    def __init__(self, stop_strings: Sequence[str]) -> None:
+        """stop_strings: none may be empty."""
+        self._stop_strings = stop_strings
+        self._held = ""
+
+    def push(self, text: str) -> tuple[str, bool]:
+        """Text that is safe to show now, and whether a stop string was met (it is cut off)."""
+        held = self._held + text
+        found = [
+            (at + len(stop), at) for stop in self._stop_strings if (at := held.find(stop)) >= 0
+        ]
+        if found:
+            # the one that is complete first, so that it does not matter how the text was cut
+            _, start = min(found)
+            self._held = ""
+            return held[:start], True
+        keep = max((_overlap(held, stop) for stop in self._stop_strings), default=0)
+        self._held = held[len(held) - keep :]
+        return held[: len(held) - keep], False
+
+    def flush(self) -> str:
+        """What was held back, when nothing follows any more."""
+        held, self._held = self._held, ""
+        return held
+
+
+class TextStream:
+    """Text of one completion, piece by piece, up to a stop string. Owned by one stream."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, stop_strings: Sequence[str], *, continues_text: bool
+    ) -> None:
+        self.is_stopped = False
+        self._decoder = StreamDecoder(tokenizer, continues_text=continues_text)
+        self._matcher = StopMatcher(stop_strings)
+
+    def push(self, token_id: int) -> str:
+        """Text that became certain with this token; empty once a stop string was met."""
+        return self._show(self._decoder.push(token_id))
+
+    def flush(self) -> str:
+        """What was held back, when no token follows any more."""
+        text = self._show(self._decoder.flush())
+        return text if self.is_stopped else text + self._matcher.flush()
+
+    def _show(self, text: str) -> str:
+        if self.is_stopped:
+            return ""
+        shown, self.is_stopped = self._matcher.push(text)
+        return shown
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` with which `stop` begins."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if stop.startswith(text[-n:])), 0)
