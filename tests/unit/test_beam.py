@@ -78,7 +78,6 @@ def assert_same_beams(
     ("params", "beams"),
     [
         (GREEDY, BeamParams(num_beams=2)),
-        (GREEDY, BeamParams(num_beams=3)),
         (GREEDY, BeamParams(num_beams=4)),
         (SHORT, BeamParams(num_beams=4, length_penalty=2.0, early_stopping="never")),
         (SHORT, BeamParams(num_beams=3, length_penalty=-1.0, early_stopping=True)),
