@@ -1,5 +1,6 @@
 """The command line. One verb per function; what needs torch or Ray is imported inside its verb."""
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -89,9 +90,8 @@ def _generate_here(
 ) -> Iterator[str]:
     _need_server_extra()
     from model import TINY, Mixtral
-    from model.hub import resolve
 
-    return Mixtral.load(resolve(model or TINY), dtype=dtype).stream(prompt, **sampling)
+    return Mixtral.load(model or TINY, dtype=dtype).stream(prompt, **sampling)
 
 
 def _generate_there(prompt: str, url: str | None, sampling: dict[str, Any]) -> Iterator[str]:
@@ -259,6 +259,9 @@ def _stopped_by_signals() -> Iterator[None]:
 
 def main() -> None:
     """Entry point. Errors of our own end in one line and exit code 1."""
+    # A thread that still asks Ray something after it was stopped must get an error, not a new Ray.
+    # Ray reads this when it is imported.
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     try:
         app()
     except (MaestraleError, ModelError) as error:

@@ -17,6 +17,7 @@ from ray import serve
 from ray.exceptions import RayActorError, RayError
 
 from cluster.config import ServeConfig
+from cluster.errors import MaestraleError
 from cluster.follow import WATCH_S, HeadReport
 from cluster.placement import (
     ClusterView,
@@ -27,7 +28,7 @@ from cluster.placement import (
     held_by,
     plan,
 )
-from model.config import MixtralConfig
+from model.errors import ModelError
 
 if TYPE_CHECKING:
     from cluster.expert.worker import WorkerReport
@@ -44,8 +45,6 @@ HEAD_SILENT_AFTER_S = 6 * WATCH_S
 """A head that has not been heard of for so long is not handed out any more."""
 
 MAX_MISSED_BEATS = 3
-
-_ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass
@@ -112,14 +111,13 @@ class Controller:
 
     async def _supervise(self) -> None:
         """Start the workers and keep them; never returns."""
-        model = MixtralConfig.from_folder(self._config.checkpoint_folder())
-        expert_bytes = model.num_expert_parameters * _ITEMSIZE[self._config.dtype or model.dtype]
-        table = plan(
-            num_layers=model.num_hidden_layers,
-            num_experts=model.num_local_experts,
-            expert_bytes=expert_bytes,
-            budgets=[self._config.worker_memory_bytes] * self._config.num_workers,
-        )
+        try:
+            table = await asyncio.to_thread(self._plan)
+        except (MaestraleError, ModelError) as error:
+            # Another start would fail the same way: say so, to whoever asks, until deleted.
+            logger.error("nothing can be placed: %s", error)
+            self._set_view(replace(self._view, phase="failed", error=str(error)))
+            await asyncio.Event().wait()
         for index in range(self._config.num_workers):
             name = f"{self._app_name}-worker-{index}"
             units = held_by(table, index)
@@ -131,6 +129,25 @@ class Controller:
             await asyncio.sleep(
                 min(1.0, self._config.lease_renewal_s) if self._all_loaded() else LOADING_BEAT_S
             )
+
+    def _plan(self) -> Table:
+        """Which worker is to hold what. Reads the checkpoint's headers."""
+        # torch is not wanted before a replica runs
+        from model.generate import torch_dtype
+        from model.weights import Checkpoint
+
+        config = self._config
+        checkpoint = Checkpoint(
+            config.checkpoint_folder(),
+            dtype=torch_dtype(config.dtype),
+            quantization=config.expert_quantization,
+        )
+        return plan(
+            num_layers=checkpoint.config.num_hidden_layers,
+            num_experts=checkpoint.config.num_local_experts,
+            expert_bytes=checkpoint.expert_bytes,
+            budgets=[config.worker_memory_bytes] * config.num_workers,
+        )
 
     def _start(self, name: str) -> Any:
         """Start a worker, or find the one of this name that is still alive."""
@@ -229,6 +246,8 @@ class Controller:
             for worker in self._workers
             if worker.report and worker.report.error
         ]
+        if not self._workers:
+            return  # nothing is planned yet, or nothing can be
         phase, percent = self._progress(bool(ready))
         self._set_view(
             replace(
@@ -242,8 +261,8 @@ class Controller:
 
     def _progress(self, has_head: bool) -> tuple[str, int]:
         reports = [worker.report for worker in self._workers if worker.report]
-        if not self._workers or len(reports) < len(self._workers):
-            return "starting expert workers", 10 * len(reports) // max(1, len(self._workers))
+        if len(reports) < len(self._workers):
+            return "starting expert workers", 10 * len(reports) // len(self._workers)
         loaded = sum(report.num_loaded for report in reports)
         wanted = sum(report.num_wanted for report in reports)
         if not self._all_loaded():

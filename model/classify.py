@@ -20,6 +20,7 @@ from model.decoder import Decoder
 from model.errors import ConfigError, PromptError
 from model.experts import Experts, LocalExperts
 from model.generate import torch_dtype
+from model.hub import resolve
 from model.tokenizer import Tokenizer
 from model.weights import Checkpoint, OnBytes, ignore_bytes
 
@@ -71,7 +72,7 @@ class Classifier:
     @classmethod
     def load(
         cls,
-        folder: Path | str,
+        model: Path | str,
         *,
         dtype: str | None = None,
         device: str = "cpu",
@@ -79,24 +80,20 @@ class Classifier:
     ) -> "Classifier":
         """Load a checkpoint with all its experts, and its tokenizer where there is one.
 
+        model: a folder, or a Hugging Face Hub id.
         dtype: float32, bfloat16 or float16; None for the checkpoint's own.
         Raises ModelError naming what is missing or wrong.
         """
-        folder = Path(folder)
+        folder = resolve(model)
         head = _read_head(folder)
         checkpoint = _ScoredCheckpoint(
             folder, len(head.labels), dtype=torch_dtype(dtype), device=device
         )
-        config = checkpoint.config
-        everything = [
-            (layer, expert_id)
-            for layer in range(config.num_hidden_layers)
-            for expert_id in range(config.num_local_experts)
-        ]
-        has_tokenizer = (folder / "tokenizer.model").is_file()
+        tokenizer_files = (folder / "tokenizer.model", folder / "tokenizer.json")
+        has_tokenizer = any(file.is_file() for file in tokenizer_files)
         return cls(
-            Decoder(config, checkpoint.load_decoder(on_bytes)),
-            LocalExperts(checkpoint.load_experts(everything, on_bytes)),
+            Decoder(checkpoint.config, checkpoint.load_decoder(on_bytes)),
+            LocalExperts(checkpoint.load_experts(checkpoint.config.expert_units, on_bytes)),
             head.labels,
             pad_token_id=head.pad_token_id,
             tokenizer=Tokenizer.from_folder(folder) if has_tokenizer else None,
@@ -132,7 +129,7 @@ class Classifier:
             elif self.tokenizer:
                 encoded.append(self.tokenizer.encode_prompt(own))
             else:
-                raise PromptError("this checkpoint has no tokenizer.model: classify token ids")
+                raise PromptError("this checkpoint has no tokenizer: classify token ids")
         return encoded
 
     def _without_trailing_padding(self, ids: list[int]) -> list[int]:

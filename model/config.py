@@ -156,6 +156,12 @@ class MixtralConfig:
         """Parameters of one (layer, expert): w1, w2 and w3."""
         return 3 * self.hidden_size * self.intermediate_size
 
+    @property
+    def expert_units(self) -> list[tuple[int, int]]:
+        """All (layer, expert) units."""
+        layers, experts = range(self.num_hidden_layers), range(self.num_local_experts)
+        return [(layer, expert_id) for layer in layers for expert_id in experts]
+
     def kv_bytes_per_token(self, bytes_per_element: int) -> int:
         """Bytes of KV cache that one token takes over all layers."""
         per_layer = 2 * self.num_key_value_heads * self.head_dim * bytes_per_element

@@ -20,6 +20,7 @@ from model.config import DTYPES
 from model.decoder import Decoder, Trace
 from model.errors import ConfigError, SamplingError
 from model.experts import Experts, LocalExperts
+from model.hub import resolve
 from model.loss import (
     DEFAULT_AUX_LOSS_COEF,
     ModelOutput,
@@ -70,29 +71,30 @@ class Mixtral:
     @classmethod
     def load(
         cls,
-        folder: Path | str = TINY,
+        model: Path | str = TINY,
         *,
         dtype: str | None = None,
         device: str = "cpu",
+        quantization: str | None = None,
+        attention: str = "sdpa",
         on_bytes: OnBytes = ignore_bytes,
     ) -> "Mixtral":
         """Load a checkpoint with all its experts.
 
-        dtype: float32, bfloat16 or float16; None for the checkpoint's own.
+        model:        a folder, or a Hugging Face Hub id.
+        dtype:        float32, bfloat16 or float16; None for the checkpoint's own.
+        quantization: of the experts, one of quantize.MODES; None as the checkpoint has them.
+        attention:    one of attention.BACKENDS.
         Raises ModelError naming what is missing or wrong.
         """
-        folder = Path(folder)
-        checkpoint = Checkpoint(folder, dtype=torch_dtype(dtype), device=device)
-        config = checkpoint.config
-        everything = [
-            (layer, expert_id)
-            for layer in range(config.num_hidden_layers)
-            for expert_id in range(config.num_local_experts)
-        ]
+        folder = resolve(model)
+        checkpoint = Checkpoint(
+            folder, dtype=torch_dtype(dtype), device=device, quantization=quantization
+        )
         tokenizer = Tokenizer.from_folder(folder)
         return cls(
-            Decoder(config, checkpoint.load_decoder(on_bytes)),
-            LocalExperts(checkpoint.load_experts(everything, on_bytes)),
+            Decoder(checkpoint.config, checkpoint.load_decoder(on_bytes), attention=attention),
+            LocalExperts(checkpoint.load_experts(checkpoint.config.expert_units, on_bytes)),
             tokenizer,
             ChatFormat.from_folder(folder, tokenizer),
             router_aux_loss_coef=read_aux_loss_coef(folder),
