@@ -18,6 +18,7 @@ from contextlib import contextmanager
 import ray
 from ray import serve
 from ray.serve.config import HTTPOptions, ProxyLocation
+from ray.serve.schema import ApplicationStatus
 from ray.util import list_named_actors
 
 from cluster.client import Client
@@ -36,6 +37,9 @@ OnPhase = Callable[[str, int], None]
 
 RELEASE_TIMEOUT_S = 10.0
 """How long workers may take to end once the application is deleted."""
+
+SILENT_AFTER_S = 30.0
+"""How long an ingress that is deployed may stay silent."""
 
 _MANY = 10_000
 """Serve's own bound on calls in progress; ours (429) lies below it."""
@@ -121,53 +125,49 @@ def running(
                 proxy_location=ProxyLocation.HeadOnly,
                 http_options=HTTPOptions(host=host, port=port),
             )
-            deploying = _Deploying(config)
+            # Not `run`: the ingress answers long before all is healthy, and says how far it is.
+            serve.run_many(
+                [serve.RunTarget(target=build(config), name=APP_NAME, route_prefix="/")],
+                wait_for_ingress_deployment_creation=False,
+                wait_for_applications_running=False,
+            )
             with Client(f"http://{_reachable(host)}:{port}") as client:
-                _wait_until_ready(client, deploying, on_phase)
+                _wait_until_ready(client, on_phase)
                 yield client
         finally:
             _stop_serving()
 
 
-class _Deploying(threading.Thread):
-    """`serve.run`, which returns when all deployments are healthy, on a thread of its own.
-
-    The ingress answers long before that, and says how far everything is.
-    """
-
-    def __init__(self, config: ServeConfig) -> None:
-        super().__init__(name="deploying", daemon=True)
-        self._config = config
-        self.error: Exception | None = None
-        self.start()
-
-    def run(self) -> None:
-        try:
-            serve.run(build(self._config), name=APP_NAME, route_prefix="/")
-        except Exception as error:
-            # handed over: the thread that waits raises it
-            self.error = error
-
-
-def _wait_until_ready(client: Client, deploying: _Deploying, on_phase: OnPhase) -> None:
+def _wait_until_ready(client: Client, on_phase: OnPhase) -> None:
     """Return when the service is ready. Raises StartError when it never will be."""
     shown: tuple[str, int] | None = None
-    is_ready = False
-    while not is_ready or deploying.is_alive():
-        if deploying.error:
-            raise StartError(str(deploying.error)) from deploying.error
+    answered = time.monotonic()
+    while True:
         time.sleep(0.1)
+        application = serve.status().applications[APP_NAME]
+        has_failed = application.status == ApplicationStatus.DEPLOY_FAILED
         try:
             readiness = client.ready()
-        except APIError:
-            continue  # the proxy listens before the ingress is there
-        is_ready = readiness.ready
+        except APIError as error:
+            # the proxy listens before the ingress is there
+            if has_failed:
+                raise StartError(application.message) from error
+            is_silent = time.monotonic() - answered > SILENT_AFTER_S
+            if is_silent and application.status == ApplicationStatus.RUNNING:
+                raise StartError(
+                    f"Serve has deployed everything, but the ingress does not answer: {error}; "
+                    "does Serve run on this cluster already, with another host or port?"
+                ) from error
+            continue
+        answered = time.monotonic()
         state = (readiness.phase, readiness.percent)
         if state != shown:
             on_phase(*state)
         shown = state
-        if readiness.error:
-            raise StartError(readiness.error)
+        if readiness.error or has_failed:
+            raise StartError(readiness.error or application.message)
+        if readiness.ready and application.status == ApplicationStatus.RUNNING:
+            return
 
 
 def check_port(host: str, port: int) -> None:

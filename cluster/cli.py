@@ -1,6 +1,5 @@
 """The command line. One verb per function; what needs torch or Ray is imported inside its verb."""
 
-import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -259,9 +258,6 @@ def _stopped_by_signals() -> Iterator[None]:
 
 def main() -> None:
     """Entry point. Errors of our own end in one line and exit code 1."""
-    # A thread that still asks Ray something after it was stopped must get an error, not a new Ray.
-    # Ray reads this when it is imported.
-    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     try:
         app()
     except (MaestraleError, ModelError) as error:

@@ -46,6 +46,9 @@ HEAD_SILENT_AFTER_S = 6 * WATCH_S
 
 MAX_MISSED_BEATS = 3
 
+LOAD_AGAIN_S = 10.0
+"""After a failure to load: a shared disk may come back, a broken file will not."""
+
 
 @dataclass
 class _Worker:
@@ -56,6 +59,8 @@ class _Worker:
     actor: Any
     report: "WorkerReport | None" = None
     num_missed: int = 0
+    load_again_at: float = 0.0
+    """Not before this may it be told to load again after a failure."""
 
 
 class Controller:
@@ -205,7 +210,9 @@ class Controller:
         is_new = worker.report is None or worker.report.incarnation != report.incarnation
         worker.report, worker.num_missed = report, 0
         self._epoch = max(self._epoch, report.epoch)
-        if is_new or report.error:
+        now = time.monotonic()
+        if is_new or (report.error and now >= worker.load_again_at):
+            worker.load_again_at = now + LOAD_AGAIN_S
             await worker.actor.load.remote(worker.units)
 
     def _all_loaded(self) -> bool:

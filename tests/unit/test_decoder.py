@@ -283,5 +283,5 @@ def test_bfloat16_reads_the_stories_as_float32_does(
     logits_bf16 = [rough.logits(ids) for ids in some]
     logits = [mixtral.logits(ids) for ids in some]
     agreement = torch.cat(logits_bf16).argmax(-1) == torch.cat(logits).argmax(-1)
-    assert agreement.double().mean() >= 0.97
+    assert agreement.double().mean() >= 0.99
     assert perplexity(logits_bf16, some) == pytest.approx(perplexity(logits, some), rel=0.01)
