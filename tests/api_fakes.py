@@ -12,8 +12,9 @@ from typing import Any
 import httpx
 import pytest
 
-from cluster.ingress.api import ApiSettings, create_app
+from cluster.ingress.api import create_app
 from cluster.ingress.journal import Journal
+from cluster.ingress.prepare import ApiSettings
 from cluster.metrics import IngressMetrics
 from cluster.schema import Readiness
 from model.chat import ChatFormat

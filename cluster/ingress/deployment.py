@@ -12,9 +12,10 @@ from ray import serve
 from cluster import rpc
 from cluster.config import ServeConfig
 from cluster.follow import follow
-from cluster.ingress.api import ApiSettings, create_app
+from cluster.ingress.api import create_app
 from cluster.ingress.heads import HeadPool
 from cluster.ingress.journal import Journal
+from cluster.ingress.prepare import ApiSettings
 from cluster.metrics import IngressMetrics, merge
 from cluster.placement import ClusterView
 from cluster.schema import Readiness, WorkerStatus
