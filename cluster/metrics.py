@@ -35,6 +35,14 @@ class StepStats:
     num_sequences: int
     num_emitted: int
     """New tokens."""
+    num_reused: int
+    """Tokens of prompts that were found in the cache."""
+    num_preempted: int
+    """Sequences that lost their blocks and must be computed again."""
+    num_drafted: int
+    """Tokens guessed ahead."""
+    num_accepted: int
+    """Of those, the ones that proved right."""
     num_waiting: int
     """Sequences that could not be admitted yet."""
     num_free_blocks: int
@@ -79,6 +87,24 @@ class HeadMetrics(Registry):
             buckets=_STEP_BUCKETS,
             registry=self.registry,
         )
+        self._reused = Counter(
+            "maestrale_prefix_cache_hit_tokens",
+            "Tokens that were not computed since they were found in the cache",
+            registry=self.registry,
+        )
+        self._preempted = Counter(
+            "maestrale_preemptions",
+            "Sequences that lost their blocks and were computed again",
+            registry=self.registry,
+        )
+        self._drafted = Counter(
+            "maestrale_draft_tokens", "Tokens guessed ahead", registry=self.registry
+        )
+        self._accepted = Counter(
+            "maestrale_accepted_draft_tokens",
+            "Guessed tokens that proved right",
+            registry=self.registry,
+        )
         self._running = Gauge(
             "maestrale_sequences_running", "Sequences in the last step", registry=self.registry
         )
@@ -95,6 +121,10 @@ class HeadMetrics(Registry):
     def observe(self, stats: StepStats) -> None:
         self._tokens.inc(stats.num_tokens)
         self._emitted.inc(stats.num_emitted)
+        self._reused.inc(stats.num_reused)
+        self._preempted.inc(stats.num_preempted)
+        self._drafted.inc(stats.num_drafted)
+        self._accepted.inc(stats.num_accepted)
         self._seconds.labels("forward").observe(stats.forward_s)
         self._seconds.labels("experts").observe(stats.experts_s)
         self._seconds.labels("sampling").observe(stats.sampling_s)

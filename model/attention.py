@@ -9,11 +9,14 @@ T tokens.
 """
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from model.batch import Batch, Span, slots_of
@@ -56,10 +59,35 @@ def attention_backend(name: str, sliding_window: int | None) -> AttentionBackend
     raise ConfigError(f"attention {name!r} is not one of {', '.join(BACKENDS)}")
 
 
-def visible_slots(span: Span, block_size: int, window: int | None) -> list[int]:
-    """Slots of all positions that any new token of the span may look at, in order."""
-    first = 0 if window is None else max(0, span.start - window + 1)
-    return slots_of(span.blocks, block_size, first, span.end)
+@dataclass(frozen=True)
+class Context:
+    """Where the keys and values are that the new tokens of some spans may look at."""
+
+    slots_SL: NDArray[np.int64]
+    """Cache slots, in the order of positions. Padded with the sequence's own last slot: another's
+    could hold NaN, which no mask stops."""
+    first_S: NDArray[np.int64]
+    """The first position of each."""
+    lengths_S: NDArray[np.int64]
+
+
+def visible_context(spans: Sequence[Span], block_size: int, window: int | None) -> Context:
+    """All positions that any new token of each span may look at."""
+    starts_S, ends_S, first_blocks_S = np.array(
+        [(span.start, span.end, span.first_block) for span in spans], dtype=np.int64
+    ).T
+    first_S = np.zeros_like(starts_S) if window is None else np.maximum(0, starts_S - window + 1)
+    lengths_S = ends_S - first_S
+    positions_SL = first_S[:, None] + np.arange(lengths_S.max())
+    positions_SL = np.minimum(positions_SL, ends_S[:, None] - 1)
+    widest = max(len(span.blocks) for span in spans)
+    tables = np.array(
+        [[*span.blocks, *[0] * (widest - len(span.blocks))] for span in spans], dtype=np.int64
+    )
+    blocks_SL = np.take_along_axis(
+        tables, positions_SL // block_size - first_blocks_S[:, None], axis=1
+    )
+    return Context(blocks_SL * block_size + positions_SL % block_size, first_S, lengths_S)
 
 
 @dataclass(frozen=True)
@@ -69,8 +97,7 @@ class Group:
     rows_SQ: Tensor
     """Rows of T, int64."""
     slots_SL: Tensor
-    """Cache slots of each sequence's context. Padding is masked, yet repeats the sequence's own
-    last slot: another's could hold NaN, which no mask stops."""
+    """Cache slots of each sequence's context, padded (see `Context`)."""
     mask_S1QL: Tensor
     """True where a new token may look."""
 
@@ -93,27 +120,19 @@ class SdpaAttention:
 
     def _group(self, members: list[tuple[int, Span]], batch: Batch) -> Group:
         device = batch.token_ids_T.device
-        slots = [visible_slots(span, batch.block_size, self._window) for _, span in members]
-        longest = max(len(own) for own in slots)
-        num_new = len(members[0][1].token_ids)
-        new_Q = torch.arange(num_new, device=device)
-
-        def column(numbers: list[int]) -> Tensor:
-            return torch.tensor(numbers, device=device)[:, None, None]
-
-        query_positions = column([span.start for _, span in members]) + new_Q[:, None]
-        first_visible = column(
-            [span.end - len(own) for (_, span), own in zip(members, slots, strict=True)]
-        )
-        key_positions = first_visible + torch.arange(longest, device=device)
-        mask_SQL = key_positions <= query_positions
+        rows, spans = zip(*members, strict=True)
+        context = visible_context(spans, batch.block_size, self._window)
+        new_Q = np.arange(len(spans[0].token_ids))
+        starts_S = np.array([span.start for span in spans])
+        query_SQ1 = (starts_S[:, None] + new_Q)[:, :, None]
+        key_S1L = (context.first_S[:, None] + np.arange(context.slots_SL.shape[1]))[:, None]
+        mask_SQL = key_S1L <= query_SQ1
         if self._window is not None:
-            mask_SQL &= key_positions > query_positions - self._window
-        padded = [own + own[-1:] * (longest - len(own)) for own in slots]
+            mask_SQL &= key_S1L > query_SQ1 - self._window
         return Group(
-            rows_SQ=torch.tensor([row for row, _ in members], device=device)[:, None] + new_Q,
-            slots_SL=torch.tensor(padded, device=device),
-            mask_S1QL=mask_SQL[:, None],
+            rows_SQ=torch.from_numpy(np.array(rows)[:, None] + new_Q).to(device),
+            slots_SL=torch.from_numpy(context.slots_SL).to(device),
+            mask_S1QL=torch.from_numpy(mask_SQL[:, None]).to(device),
         )
 
     def attend(self, q_TNH: Tensor, plan: tuple[Group, ...], cache: KVCache, layer: int) -> Tensor:
@@ -139,15 +158,14 @@ class ReferenceAttention:
 
     def plan(self, batch: Batch) -> list[list[int]]:
         """Of every token the slots it may look at."""
-        return [
-            visible_slots(
-                Span(span.token_ids[index : index + 1], span.start + index, span.blocks),
-                batch.block_size,
-                self._window,
-            )
-            for span in batch.spans
-            for index in range(len(span.token_ids))
-        ]
+        slots = []
+        for span in batch.spans:
+            for position in range(span.start, span.end):
+                first = 0 if self._window is None else max(0, position - self._window + 1)
+                slots.append(
+                    slots_of(span.blocks, batch.block_size, first, position + 1, span.first_block)
+                )
+        return slots
 
     def attend(self, q_TNH: Tensor, plan: list[list[int]], cache: KVCache, layer: int) -> Tensor:
         output_TNH = torch.empty_like(q_TNH)

@@ -23,8 +23,9 @@ class Span:
 
     token_ids:  the new tokens, in order.
     start:      position of the first of them = tokens of this sequence already in the cache.
-    blocks:     all blocks of the sequence, with room for start + len(token_ids) tokens; or, with
-                a sliding window, a ring of blocks that has room for what is still visible.
+    blocks:     the sequence's blocks, with room for start + len(token_ids) tokens.
+    first_block: number of the first of them in the sequence; above 0 where a sliding window has
+                left earlier ones behind.
     num_logits: for how many of the last new tokens logits are wanted (0: none, 1: to sample).
     """
 
@@ -32,6 +33,7 @@ class Span:
     start: int
     blocks: Sequence[int]
     num_logits: int = 1
+    first_block: int = 0
 
     @property
     def end(self) -> int:
@@ -65,7 +67,7 @@ def build_batch(spans: Sequence[Span], *, block_size: int, device: torch.device)
     for span in spans:
         token_ids += span.token_ids
         positions += range(span.start, span.end)
-        slots += slots_of(span.blocks, block_size, span.start, span.end)
+        slots += slots_of(span.blocks, block_size, span.start, span.end, span.first_block)
         logits_rows += range(len(token_ids) - span.num_logits, len(token_ids))
     return Batch(
         spans=tuple(spans),
@@ -77,13 +79,11 @@ def build_batch(spans: Sequence[Span], *, block_size: int, device: torch.device)
     )
 
 
-def slots_of(blocks: Sequence[int], block_size: int, start: int, end: int) -> list[int]:
-    """Cache slots of the positions start..end-1 of a sequence that holds `blocks`.
-
-    Past the last block the first is used again: a rolling cache (see blocks.blocks_of_sequence).
-    """
-    num_blocks = len(blocks)
+def slots_of(
+    blocks: Sequence[int], block_size: int, start: int, end: int, first_block: int = 0
+) -> list[int]:
+    """Cache slots of the positions start..end-1 of a sequence that holds `blocks`."""
     return [
-        blocks[position // block_size % num_blocks] * block_size + position % block_size
+        blocks[position // block_size - first_block] * block_size + position % block_size
         for position in range(start, end)
     ]

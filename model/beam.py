@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from model.batch import Span, build_batch, slots_of
@@ -19,7 +18,6 @@ from model.blocks import BlockPool
 from model.decoder import Decoder
 from model.errors import SamplingError
 from model.experts import Experts
-from model.kv_cache import KVCache
 from model.sampler import History, look_back
 from model.sampling_params import SamplingParams
 
@@ -213,7 +211,7 @@ def run(decoder: Decoder, experts: Experts, searches: Sequence[BeamSearch]) -> N
             for source, target in tables.fork(search.advance(logits_BV)):
                 sources += slots_of(source, _BLOCK_SIZE, *own)
                 targets += slots_of(target, _BLOCK_SIZE, *own)
-        _copy(cache, sources, targets, decoder)
+        cache.copy(sources, targets)
         active = [(search, tables) for search, tables in active if not search.is_done]
 
 
@@ -228,13 +226,3 @@ def _next_span(search: BeamSearch, beam: Beam, blocks: Sequence[int]) -> Span:
     if not beam.token_ids:
         return Span(search.prompt_ids, 0, blocks)
     return Span(beam.token_ids[-1:], len(search.prompt_ids) + len(beam.token_ids) - 1, blocks)
-
-
-def _copy(cache: KVCache, sources: list[int], targets: list[int], decoder: Decoder) -> None:
-    """Copy keys and values, slot by slot, in every layer. No slot may be on both sides."""
-    if not sources:
-        return
-    source_slots = torch.tensor(sources, device=decoder.device)
-    target_slots = torch.tensor(targets, device=decoder.device)
-    for layer in range(decoder.config.num_hidden_layers):
-        cache.write(layer, target_slots, *cache.read(layer, source_slots))

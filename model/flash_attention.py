@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from model.attention import visible_slots
+from model.attention import visible_context
 from model.batch import Batch
 from model.errors import ConfigError
 from model.kv_cache import KVCache
@@ -49,15 +50,16 @@ class FlashAttention:
 
     def plan(self, batch: Batch) -> Packed:
         device = batch.token_ids_T.device
-        slots = [visible_slots(span, batch.block_size, self._window) for span in batch.spans]
+        context = visible_context(batch.spans, batch.block_size, self._window)
         lengths_q = [len(span.token_ids) for span in batch.spans]
-        lengths_k = [len(own) for own in slots]
+        lengths_k: list[int] = context.lengths_S.tolist()
+        is_own_SL = np.arange(context.slots_SL.shape[1]) < context.lengths_S[:, None]
 
         def ends(lengths: list[int]) -> Tensor:
             return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
 
         return Packed(
-            slots_L=torch.tensor([slot for own in slots for slot in own], device=device),
+            slots_L=torch.from_numpy(context.slots_SL[is_own_SL]).to(device),
             ends_q_S1=ends(lengths_q),
             ends_k_S1=ends(lengths_k),
             longest_q=max(lengths_q),

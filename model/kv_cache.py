@@ -3,6 +3,8 @@
 Shape suffixes: P slots (blocks x block size), K key/value heads, H head dimension, T tokens.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -44,3 +46,15 @@ class KVCache:
     def read(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values at `slots` of any shape S: two tensors (*S, K, H), copied."""
         return self.keys[layer][slots], self.values[layer][slots]
+
+    def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copy keys and values from slots to slots, in every layer. All are read before any is
+        written.
+        """
+        if not sources:
+            return
+        device = self.keys[0].device
+        sources_S = torch.tensor(sources, device=device)
+        targets_S = torch.tensor(targets, device=device)
+        for layer in range(len(self.keys)):
+            self.write(layer, targets_S, *self.read(layer, sources_S))

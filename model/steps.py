@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Sequence
 from torch import Tensor
 
 from model.batch import Span, build_batch
-from model.blocks import BlockPool
+from model.blocks import BlockPool, BlockTable, blocks_of_sequence
 from model.config import MixtralConfig
 from model.decoder import Decoder, Trace
 from model.errors import PromptError
@@ -71,13 +71,32 @@ def complete(
 
     ended: prompts that the caller wants no more of; read after every step, so it may grow.
     """
-    rooms = [len(prompt) + p.max_tokens for prompt, p in zip(prompts, params, strict=True)]
-    cache, blocks = _new_cache(decoder, rooms)
+    window = decoder.config.sliding_window
+    needs = [
+        blocks_of_sequence(
+            len(prompt) + p.max_tokens, _BLOCK_SIZE, window=window, max_new=len(prompt)
+        )
+        for prompt, p in zip(prompts, params, strict=True)
+    ]
+    pool, cache = _new_cache(decoder, sum(needs))
+    tables = [BlockTable(pool) for _ in prompts]
     known = [list(prompt) for prompt in prompts]
     num_computed = [0] * len(prompts)
     running = list(range(len(prompts)))
     while running:
-        spans = [Span(known[i][num_computed[i] :], num_computed[i], blocks[i]) for i in running]
+        for i in running:
+            if window is not None:
+                tables[i].drop_before(num_computed[i] - window + 1)
+            tables[i].grow(len(known[i]))
+        spans = [
+            Span(
+                known[i][num_computed[i] :],
+                num_computed[i],
+                tables[i].blocks,
+                first_block=tables[i].first,
+            )
+            for i in running
+        ]
         batch = build_batch(spans, block_size=_BLOCK_SIZE, device=decoder.device)
         logits_SV = decoder.forward(batch, cache, experts)
         token_ids = sample(
@@ -109,18 +128,20 @@ def whole_pass(
     trace: Trace | None = None,
 ) -> Tensor:
     """Logits after every token of every sequence, or only after each one's last: (rows, V)."""
-    cache, blocks = _new_cache(decoder, [len(ids) for ids in sequences])
+    pool, cache = _new_cache(decoder, sum(-(-len(ids) // _BLOCK_SIZE) for ids in sequences))
     spans = [
-        Span(ids, start=0, blocks=own, num_logits=1 if last_only else len(ids))
-        for ids, own in zip(sequences, blocks, strict=True)
+        Span(
+            ids,
+            start=0,
+            blocks=pool.allocate(pool.blocks_for(len(ids))) or [],
+            num_logits=1 if last_only else len(ids),
+        )
+        for ids in sequences
     ]
     batch = build_batch(spans, block_size=_BLOCK_SIZE, device=decoder.device)
     return decoder.forward(batch, cache, experts, trace)
 
 
-def _new_cache(decoder: Decoder, rooms: Sequence[int]) -> tuple[KVCache, list[list[int]]]:
-    """A cache for sequences of at most these lengths, in tokens, and each one's blocks."""
-    num_blocks = max(1, sum(-(-room // _BLOCK_SIZE) for room in rooms))
-    pool = BlockPool(num_blocks=num_blocks, block_size=_BLOCK_SIZE)
-    blocks = [pool.allocate(pool.blocks_for(room)) or [] for room in rooms]
-    return decoder.new_cache(num_blocks=num_blocks, block_size=_BLOCK_SIZE), blocks
+def _new_cache(decoder: Decoder, num_blocks: int) -> tuple[BlockPool, KVCache]:
+    pool = BlockPool(num_blocks=max(1, num_blocks), block_size=_BLOCK_SIZE)
+    return pool, decoder.new_cache(num_blocks=pool.num_blocks, block_size=_BLOCK_SIZE)

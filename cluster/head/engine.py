@@ -12,18 +12,19 @@ from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from cluster.errors import RequestError
-from cluster.head.scheduler import Chunk, Scheduler
+from cluster.head.drawing import Drawn, broken_chunks, draw
+from cluster.head.scheduler import Chunk, Scheduler, Step
 from cluster.head.sequence import Finish, Sequence
 from cluster.metrics import HeadMetrics, StepStats
-from model.batch import build_batch
+from model.batch import Batch, build_batch
 from model.decoder import Decoder
 from model.experts import Experts, PendingRows
 from model.kv_cache import KVCache
 from model.router import Routing
-from model.sampler import History, sample
 
 logger = logging.getLogger(__name__)
 
@@ -35,12 +36,14 @@ RequestKey = int
 class Event:
     """News of one request: new tokens, its end, or its failure.
 
-    error: the request failed and has ended; `is_refusal` says that it never could have worked.
+    num_reused: with the first tokens, how many of the prompt's were not computed for this request.
+    error:      the request failed and has ended; `is_refusal` says that it never could have worked.
     """
 
     key: RequestKey
     token_ids: tuple[int, ...] = ()
     finish: Finish | None = None
+    num_reused: int | None = None
     error: str | None = None
     is_refusal: bool = False
 
@@ -151,7 +154,7 @@ class Engine:
     def _take_messages(self) -> None:
         """Apply all queued messages; waits for one when there is nothing to compute."""
         if not self._scheduler.has_work and self._inbox.empty():
-            self._scheduler.pool.check()
+            self._scheduler.check()
             self._metrics.observe_idle(num_free_blocks=self._scheduler.pool.num_free)
             self._apply(self._inbox.get())
         while not self._inbox.empty():
@@ -200,33 +203,37 @@ class Engine:
 
     def _step(self) -> None:
         started = time.perf_counter()
-        chunks = self._scheduler.schedule()
+        step = self._scheduler.schedule()
         timed = TimedExperts(self._experts)
+        chunks = step.chunks
         try:
-            batch = build_batch(
-                [chunk.span() for chunk in chunks],
-                block_size=self._scheduler.pool.block_size,
-                device=self._decoder.device,
-            )
+            batch = self._prepare(step)
             built = time.perf_counter()
-            logits_SV = self._decoder.forward(batch, self._cache, timed)
+            logits_LV = self._decoder.forward(batch, self._cache, timed)
             computed = time.perf_counter()
-            chunks, logits_SV = self._drop_broken(chunks, logits_SV)
-            token_ids = self._sample(chunks, logits_SV)
+            broken = broken_chunks(chunks, logits_LV)
+            if broken:
+                logits_LV = self._without(broken, chunks, logits_LV)
+                chunks = [chunk for chunk in chunks if chunk not in broken]
+            drawn = draw(chunks, logits_LV)
             sampled = time.perf_counter()
         except Exception as error:
             # These sequences are lost, whatever it was; the others and the engine go on.
             logger.exception("a step of %d sequences failed", len(chunks))
             self._fail([chunk.sequence for chunk in chunks], f"{type(error).__name__}: {error}")
             return
-        emitted = self._scheduler.commit(chunks, token_ids)
-        self._publish(emitted)
+        self._scheduler.commit(chunks)
+        self._publish(drawn)
         ended = time.perf_counter()
         self._metrics.observe(
             StepStats(
                 num_tokens=batch.num_tokens,
                 num_sequences=len(chunks),
-                num_emitted=len(emitted),
+                num_emitted=sum(len(one.token_ids) for one in drawn),
+                num_reused=step.num_reused,
+                num_preempted=step.num_preempted,
+                num_drafted=sum(len(one.chunk.drafts) for one in drawn),
+                num_accepted=sum(len(one.token_ids) - 1 for one in drawn),
                 num_waiting=len(self._scheduler.waiting),
                 num_free_blocks=self._scheduler.pool.num_free,
                 num_blocks=self._scheduler.pool.num_blocks,
@@ -237,36 +244,41 @@ class Engine:
             )
         )
 
-    def _drop_broken(self, chunks: list[Chunk], logits_SV: Tensor) -> tuple[list[Chunk], Tensor]:
-        """Fail the sequences whose logits are not finite, so that they cost no batch mate."""
-        broken_S = ~logits_SV.isfinite().all(dim=-1)
-        if not broken_S.any():
-            return chunks, logits_SV
-        sampling = [chunk for chunk in chunks if chunk.samples]
-        broken = {
-            chunk for chunk, is_bad in zip(sampling, broken_S.tolist(), strict=True) if is_bad
-        }
-        self._fail([chunk.sequence for chunk in broken], "the model's logits are not finite")
-        return [chunk for chunk in chunks if chunk not in broken], logits_SV[~broken_S]
-
-    def _sample(self, chunks: list[Chunk], logits_SV: Tensor) -> list[int]:
-        """One token for each chunk that samples."""
-        sampling = [chunk.sequence for chunk in chunks if chunk.samples]
-        if not sampling:
-            return []
-        return sample(
-            logits_SV,
-            [sequence.params for sequence in sampling],
-            [len(sequence.token_ids) for sequence in sampling],
-            [History(sequence.token_ids, len(sequence.prompt_ids)) for sequence in sampling],
+    def _prepare(self, step: Step) -> Batch:
+        """Copy what is to be copied, and build the step's tensors."""
+        size = self._scheduler.pool.block_size
+        sources: list[int] = []
+        targets: list[int] = []
+        for copy in step.copies:
+            sources += range(copy.source * size, copy.source * size + copy.num_tokens)
+            targets += range(copy.target * size, copy.target * size + copy.num_tokens)
+        self._cache.copy(sources, targets)
+        return build_batch(
+            [chunk.span() for chunk in step.chunks], block_size=size, device=self._decoder.device
         )
 
-    def _publish(self, emitted: list[Sequence]) -> None:
+    def _without(self, broken: list[Chunk], chunks: list[Chunk], logits_LV: Tensor) -> Tensor:
+        """Fail the sequences whose logits are not numbers, so that they cost no batch mate.
+
+        Returns the logits of the others.
+        """
+        self._fail([chunk.sequence for chunk in broken], "the model's logits are not finite")
+        is_kept = [chunk not in broken for chunk in chunks for _ in range(chunk.num_logits)]
+        return logits_LV[torch.tensor(is_kept, device=logits_LV.device)]
+
+    def _publish(self, drawn: Many[Drawn]) -> None:
         """One message to every outbox that has news."""
         by_outbox: dict[Outbox, list[Event]] = defaultdict(list)
-        for sequence in emitted:
+        for one in drawn:
+            sequence = one.chunk.sequence
             outbox, key = self._addresses[sequence]
-            event = Event(key, token_ids=(sequence.token_ids[-1],), finish=sequence.finish)
+            is_first = sequence.num_emitted == len(one.token_ids)
+            event = Event(
+                key,
+                token_ids=tuple(one.token_ids),
+                finish=sequence.finish,
+                num_reused=sequence.num_reused if is_first else None,
+            )
             by_outbox[outbox].append(event)
             if sequence.finish:
                 self._forget(sequence)

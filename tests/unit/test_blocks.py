@@ -4,16 +4,19 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from model.blocks import BlockPool
+from model.blocks import BlockPool, BlockTable
 
 
 class PoolUnderUse(RuleBasedStateMachine):
-    """Takes and gives back blocks at random, and keeps its own books beside the pool's."""
+    """Takes, shares, names and gives back blocks at random, and keeps books beside the pool's."""
 
     @initialize(num_blocks=st.integers(1, 12), block_size=st.integers(1, 4))
     def start(self, num_blocks: int, block_size: int) -> None:
         self.pool = BlockPool(num_blocks=num_blocks, block_size=block_size)
         self.held: list[list[int]] = []
+        self.content: dict[int, bytes] = {}
+        """What was last written to a block and named."""
+        self.num_named = 0
 
     @rule(num_blocks=st.integers(0, 6))
     def allocate(self, num_blocks: int) -> None:
@@ -25,6 +28,8 @@ class PoolUnderUse(RuleBasedStateMachine):
         else:
             assert len(blocks) == num_blocks
             self.held.append(blocks)
+            for block in blocks:  # and written to
+                self.content.pop(block, None)
 
     @precondition(lambda self: self.held)
     @rule(data=st.data())
@@ -32,14 +37,34 @@ class PoolUnderUse(RuleBasedStateMachine):
         holder = data.draw(st.integers(0, len(self.held) - 1))
         self.pool.release(self.held.pop(holder))
 
+    @precondition(lambda self: any(self.held))
+    @rule(data=st.data())
+    def name(self, data: st.DataObject) -> None:
+        block = data.draw(st.sampled_from([b for blocks in self.held for b in blocks]))
+        key = self.content.get(block)
+        if key is None:
+            self.num_named += 1
+            key = self.content[block] = str(self.num_named).encode()
+        self.pool.remember(key, block)
+
+    @precondition(lambda self: self.content)
+    @rule(data=st.data())
+    def share(self, data: st.DataObject) -> None:
+        """Whatever is found still holds what it was named for."""
+        key = data.draw(st.sampled_from(sorted(self.content.values())))
+        block = self.pool.find(key)
+        assert block is not None, "an unused content was forgotten"
+        assert self.content[block] == key
+        self.pool.share(block)
+        self.held.append([block])
+
     @invariant()
-    def every_block_is_free_or_held_once(self) -> None:
+    def every_block_is_free_or_held(self) -> None:
         if not hasattr(self, "pool"):
             return
-        self.pool.check()
-        held = [block for blocks in self.held for block in blocks]
-        assert len(held) == len(set(held))
-        assert set(held) <= set(range(self.pool.num_blocks))
+        self.pool.check(self.held)
+        held = {block for blocks in self.held for block in blocks}
+        assert held <= set(range(self.pool.num_blocks))
         assert self.pool.num_free + len(held) == self.pool.num_blocks
 
 
@@ -68,7 +93,7 @@ def test_the_check_finds_broken_books(damage: str) -> None:
     (block,) = pool.allocate(1) or []
     match damage:
         case "lost":
-            pool._owned.clear()
+            pool._num_owners.clear()
         case "doubled":
             pool._free[0] = pool._free[1]
         case "both":
@@ -87,3 +112,44 @@ def test_the_pool_shows_how_full_it_is() -> None:
     pool = BlockPool(num_blocks=3, block_size=4)
     pool.allocate(1)
     assert repr(pool) == "BlockPool(2 free of 3 x 4 tokens)"
+
+
+def test_what_was_given_back_first_is_forgotten_first_and_a_tail_before_its_start() -> None:
+    pool = BlockPool(num_blocks=4, block_size=1)
+    older, newer = pool.allocate(2) or [], pool.allocate(2) or []
+    for index, block in enumerate(older + newer):
+        pool.remember(bytes([index]), block)
+    pool.release(older)
+    pool.release(newer)
+    assert pool.num_cached == pool.num_free == 4
+    forgotten = []
+    for _ in range(4):
+        pool.allocate(1)
+        forgotten += [i for i in range(4) if pool.find(bytes([i])) is None and i not in forgotten]
+    assert forgotten == [1, 0, 3, 2]
+
+
+def test_the_first_block_under_a_key_stays() -> None:
+    pool = BlockPool(num_blocks=2, block_size=1)
+    (one,), (other,) = pool.allocate(1) or [], pool.allocate(1) or []
+    pool.remember(b"key", one)
+    pool.remember(b"key", other)
+    assert pool.find(b"key") == one
+    pool.release([other])
+    assert (pool.num_free, pool.num_cached) == (1, 0)
+
+
+def test_a_table_covers_what_it_must_and_gives_back_what_lies_behind() -> None:
+    pool = BlockPool(num_blocks=4, block_size=4)
+    table = BlockTable(pool)
+    assert table.grow(9)
+    assert (len(table.blocks), pool.num_free) == (3, 1)
+    assert not table.grow(17)
+    assert len(table.blocks) == 3
+    table.drop_before(7)
+    assert (table.first, len(table.blocks)) == (1, 2)
+    table.drop_before(-3)
+    assert table.grow(17)
+    assert (table.first, len(table.blocks), pool.num_free) == (1, 4, 0)
+    table.release()
+    pool.check([])

@@ -136,7 +136,7 @@ def test_the_numbers_of_the_steps_add_up(mixtral: Mixtral, prompts: list[list[in
     params = [greedy(6), drawn(9, 1), greedy(3), drawn(5, 2)]
     head, outbox = Head(mixtral, max_tokens_per_step=10, max_running=3), MemoryOutbox()
     for key, p in enumerate(params):
-        head.engine.submit(outbox, key, Sequence(prompts[key], p))
+        head.engine.submit(outbox, key, Sequence(prompts[key], p, cache_salt=str(key)))
     with head.running():
         outbox.wait_for_end(*range(len(params)))
     steps = head.metrics.steps
@@ -295,7 +295,7 @@ def test_failing_experts_cost_only_the_sequences_of_that_step(
     experts = FailingExperts(mixtral.experts, fail_at=[num_layers + 3])
     head, outbox = Head(mixtral, experts=experts, max_running=2), MemoryOutbox()
     for key in range(3):
-        head.engine.submit(outbox, key, Sequence(prompts[0], greedy(5)))
+        head.engine.submit(outbox, key, Sequence(prompts[0], greedy(5), cache_salt=str(key)))
     with caplog.at_level(logging.CRITICAL), head.running():
         outbox.wait_for_end(0, 1, 2)
         head.engine.submit(outbox, 3, Sequence(prompts[1], greedy(5)))
@@ -336,7 +336,7 @@ def test_broken_logits_cost_only_their_own_sequence(
     head, outbox = Head(mixtral, decoder=decoder), MemoryOutbox()
     params = [drawn(6, 1), drawn(6, 2), greedy(6)]
     for key, p in enumerate(params):
-        head.engine.submit(outbox, key, Sequence(prompts[0], p))
+        head.engine.submit(outbox, key, Sequence(prompts[0], p, cache_salt=str(key)))
     with head.running():
         outbox.wait_for_end(0, 1, 2)
     alone = [mixtral.generate_ids([prompts[0]], [p])[0] for p in params]
@@ -378,7 +378,7 @@ def test_stop_ends_every_open_request_with_one_error(
 
     outbox = MemoryOutbox(stop)
     for key in range(4):  # two run, two wait
-        head.engine.submit(outbox, key, Sequence(prompts[0], greedy(50)))
+        head.engine.submit(outbox, key, Sequence(prompts[0], greedy(50), cache_salt=str(key)))
     with head.running():
         outbox.wait_for_end(*range(4))
     for key in range(4):

@@ -1,18 +1,23 @@
 """The scheduler hands out every token once, in order, within its budget, whatever happens."""
 
 from dataclasses import dataclass
+from itertools import count
+from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.head.scheduler import Chunk, Scheduler
+from cluster.head.drafts import LookupDrafter
+from cluster.head.scheduler import Chunk, Scheduler, Step
 from cluster.head.sequence import Sequence
+from model.batch import Span, slots_of
 from model.blocks import BlockPool
 from model.sampling_params import SamplingParams
 
 STOP_ID = 0
 WORD_ID = 1
+_SALTS = count()
 
 
 @dataclass(eq=False)
@@ -22,17 +27,24 @@ class Scripted(Sequence):
     stops_after: int = 10**6
 
     @property
-    def num_emitted(self) -> int:
-        return len(self.token_ids) - len(self.prompt_ids)
-
-    @property
     def next_draw(self) -> int:
         return STOP_ID if self.num_emitted + 1 >= self.stops_after else WORD_ID
 
 
-def sequence_of(prompt_len: int, max_tokens: int, *, stops_after: int = 10**6) -> Scripted:
+def sequence_of(
+    prompt_len: int,
+    max_tokens: int,
+    *,
+    stops_after: int = 10**6,
+    salt: str | None = None,
+    **fields: Any,
+) -> Scripted:
+    """Shares no prefix with any other, unless salted alike."""
     params = SamplingParams(max_tokens=max_tokens, stop_token_ids=(STOP_ID,))
-    return Scripted([WORD_ID] * prompt_len, params, stops_after=stops_after)
+    own_salt = f"{next(_SALTS)}" if salt is None else salt
+    return Scripted(
+        [WORD_ID] * prompt_len, params, stops_after=stops_after, cache_salt=own_salt, **fields
+    )
 
 
 def scheduler_of(
@@ -42,16 +54,19 @@ def scheduler_of(
     return Scheduler(pool, max_running=max_running, max_tokens_per_step=budget)
 
 
-def draws_of(chunks: list[Chunk]) -> list[int]:
-    """Made-up draws of a step, for those that sample."""
-    return [c.sequence.next_draw for c in chunks if c.samples and isinstance(c.sequence, Scripted)]
+def compute(scheduler: Scheduler, step: Step) -> list[Sequence]:
+    """Commit a step with made-up draws; returns those that got a token."""
+    for chunk in step.chunks:
+        if chunk.samples and isinstance(chunk.sequence, Scripted):
+            chunk.sequence.append(chunk.sequence.next_draw)
+    return scheduler.commit(step.chunks)
 
 
 def step(scheduler: Scheduler) -> list[Chunk]:
     """One step with made-up draws. Returns what was computed."""
-    chunks = scheduler.schedule()
-    scheduler.commit(chunks, draws_of(chunks))
-    return chunks
+    step = scheduler.schedule()
+    compute(scheduler, step)
+    return step.chunks
 
 
 def work_of(sequence: Sequence) -> int:
@@ -66,109 +81,161 @@ def work_of(sequence: Sequence) -> int:
 class Arrival:
     """What happens before a step: a new sequence, and how long it will live."""
 
-    prompt_len: int
+    prompt: list[int]
     max_tokens: int
-    stops_after: int
+    salt: str
+    client: str
+    priority: int
+    num_drafts: int
     aborted_after: int | None
     """Steps from its arrival on until it is aborted."""
 
 
 ARRIVALS = st.builds(
     Arrival,
-    prompt_len=st.integers(1, 20),
+    prompt=st.lists(st.integers(1, 2), min_size=1, max_size=20),
     max_tokens=st.integers(1, 12),
-    stops_after=st.integers(1, 15),
+    salt=st.sampled_from(["", "", "own"]),
+    client=st.sampled_from("ab"),
+    priority=st.integers(-1, 1),
+    num_drafts=st.sampled_from([0, 3]),
     aborted_after=st.none() | st.integers(0, 8),
 )
 TRACES = st.lists(st.lists(ARRIVALS, max_size=3), max_size=12)
 """Of each step, what arrives before it."""
-SETUPS = st.fixed_dictionaries(
-    {
-        "num_blocks": st.integers(8, 24),  # 32 tokens and more: every arrival fits in time
-        "block_size": st.just(4),
-        "max_running": st.integers(1, 6),
-        "budget": st.integers(6, 24),
-    }
+
+
+def says_next(salt: str, token_ids: list[int]) -> int:
+    """A model: what follows depends on all that came before, and is often predictable."""
+    return 1 + sum(token_ids[-2:]) % 3 if len(token_ids) % 5 else STOP_ID
+
+
+Content = tuple[str, tuple[int, ...]]
+"""Whose keys and values a slot holds: those of the last of these tokens, after the others."""
+
+
+class Memory:
+    """A KV cache that knows what every slot holds, so that every look at it can be checked."""
+
+    def __init__(self, block_size: int, window: int | None) -> None:
+        self.block_size = block_size
+        self.window = window
+        self.slots: dict[int, Content] = {}
+
+    def run(self, step: Step) -> None:
+        """Copy and compute as the step says; every token must see its own past, and only that."""
+        size = self.block_size
+        copied = {
+            copy.target * size + i: self.slots[copy.source * size + i]
+            for copy in step.copies
+            for i in range(copy.num_tokens)
+        }
+        self.slots |= copied
+        written: set[int] = set()
+        for chunk in step.chunks:
+            known = self._known(chunk)
+            span = chunk.span()
+            slots = self._slots(span, span.start, span.end)
+            assert not written & set(slots), "two sequences write to one slot"
+            written |= set(slots)
+            for position, slot in enumerate(slots, start=span.start):
+                self.slots[slot] = (chunk.sequence.cache_salt, known[: position + 1])
+        for chunk in step.chunks:
+            known, span = self._known(chunk), chunk.span()
+            first = 0 if self.window is None else max(0, span.start - self.window + 1)
+            for position, slot in enumerate(self._slots(span, first, span.end), start=first):
+                expected = (chunk.sequence.cache_salt, known[: position + 1])
+                assert self.slots[slot] == expected, f"{chunk} sees another's past at {position}"
+
+    def _known(self, chunk: Chunk) -> tuple[int, ...]:
+        return (*chunk.sequence.token_ids, *chunk.drafts)
+
+    def _slots(self, span: Span, start: int, end: int) -> list[int]:
+        return slots_of(span.blocks, self.block_size, start, end, span.first_block)
+
+
+@settings(max_examples=60)
+@given(
+    trace=TRACES,
+    num_blocks=st.integers(8, 24),  # 32 tokens and more: every arrival fits in time
+    max_running=st.integers(1, 6),
+    budget=st.integers(6, 24),
+    window=st.sampled_from([None, None, 5]),
 )
-
-
-@given(trace=TRACES, setup=SETUPS)
 def test_every_law_holds_over_random_runs(
-    trace: list[list[Arrival]], setup: dict[str, int]
+    trace: list[list[Arrival]], num_blocks: int, max_running: int, budget: int, window: int | None
 ) -> None:
-    scheduler = scheduler_of(**setup)
-    computed: dict[Sequence, int] = {}
-    due: dict[Sequence, int] = {}
-    arrived: list[Scripted] = []
-    admitted: list[Sequence] = []
+    """Sharing, copying, preemption, drafts, windows and aborts, all at once."""
+    size = 4
+    pool = BlockPool(num_blocks=num_blocks, block_size=size)
+    scheduler = Scheduler(
+        pool, max_running=max_running, max_tokens_per_step=budget, sliding_window=window
+    )
+    memory = Memory(size, window)
+    arrived: list[Sequence] = []
     aborted: set[Sequence] = set()
-    total_work = sum(a.prompt_len + a.max_tokens for arrivals in trace for a in arrivals)
+    due: dict[Sequence, int] = {}
+    total_work = sum(len(a.prompt) + a.max_tokens for arrivals in trace for a in arrivals)
 
-    for now in range(len(trace) + total_work + 1):
+    for now in range(len(trace) + 4 * total_work + 1):
         for arrival in trace[now] if now < len(trace) else []:
-            sequence = sequence_of(
-                arrival.prompt_len, arrival.max_tokens, stops_after=arrival.stops_after
+            sequence = Sequence(
+                arrival.prompt,
+                SamplingParams(max_tokens=arrival.max_tokens, stop_token_ids=(STOP_ID,)),
+                client=arrival.client,
+                priority=arrival.priority,
+                cache_salt=arrival.salt,
+                drafter=LookupDrafter(arrival.num_drafts) if arrival.num_drafts else None,
             )
             scheduler.add(sequence)
             arrived.append(sequence)
-            computed[sequence] = 0
             if arrival.aborted_after is not None:
                 due[sequence] = now + arrival.aborted_after
         for sequence in [s for s, when in due.items() if when == now]:
             if not sequence.finish:
                 aborted.add(sequence)
             scheduler.abort(sequence)
-            scheduler.pool.check()
+            scheduler.check()
 
-        emitted_before = {sequence: sequence.num_emitted for sequence in arrived}
-        chunks = scheduler.schedule()
-        spans = [chunk.span() for chunk in chunks]
-
+        step = scheduler.schedule()
+        scheduler.check()
         # the budget holds, no step is empty while there is work, nobody is in it twice
-        num_tokens = sum(chunk.num_tokens for chunk in chunks)
-        assert num_tokens <= setup["budget"]
-        assert bool(chunks) == scheduler.has_work
-        assert len({id(chunk.sequence) for chunk in chunks}) == len(chunks)
-        assert len(scheduler.running) <= setup["max_running"]
-        # admission in the order of arrival
-        admitted += [s for s in scheduler.running if s not in admitted]
-        assert admitted == [s for s in arrived if s in set(admitted)]
-        # blocks: one owner each, room for the longest possible end
-        scheduler.pool.check()
-        owned = [block for s in scheduler.running for block in s.blocks]
-        assert len(owned) == len(set(owned)) == setup["num_blocks"] - scheduler.pool.num_free
-        for sequence in scheduler.running:
-            assert len(sequence.blocks) * setup["block_size"] >= sequence.max_len
-        # every known token once and in order
-        for chunk, span in zip(chunks, spans, strict=True):
-            sequence = chunk.sequence
+        assert sum(chunk.num_tokens + len(chunk.drafts) for chunk in step.chunks) <= budget
+        assert bool(step.chunks) == scheduler.has_work
+        assert len({chunk.sequence for chunk in step.chunks}) == len(step.chunks)
+        assert len(scheduler.running) <= max_running
+        for chunk in step.chunks:
             assert chunk.num_tokens >= 1
-            assert span.start == computed[sequence] == sequence.num_computed
-            assert list(span.token_ids) == sequence.token_ids[span.start : span.end]
-            assert span.end <= len(sequence.token_ids)
-            assert span.num_logits == (span.end == len(sequence.token_ids))
-            computed[sequence] = span.end
+            num_left = chunk.sequence.num_to_compute - chunk.num_tokens
+            assert chunk.samples == (num_left == 0)
+        memory.run(step)
 
-        sampling = [chunk.sequence for chunk in chunks if chunk.samples]
-        emitted = scheduler.commit(chunks, draws_of(chunks))
-        scheduler.pool.check()
-        # whoever samples gets one token, nobody else any; whoever has ended is gone
-        assert emitted == sampling
+        for chunk in step.chunks:
+            guesses = list(chunk.drafts)
+            while chunk.samples and not chunk.sequence.finish:
+                token_id = says_next(chunk.sequence.cache_salt, chunk.sequence.token_ids)
+                chunk.sequence.append(token_id)
+                if not guesses or guesses.pop(0) != token_id:
+                    break
+        emitted = scheduler.commit(step.chunks)
+        scheduler.check()
+        # whoever samples gets tokens, nobody else any; whoever has ended is gone
+        assert emitted == [chunk.sequence for chunk in step.chunks if chunk.samples]
         for sequence in arrived:
-            assert sequence.num_emitted == emitted_before[sequence] + (sequence in emitted)
             is_known = sequence in scheduler.running or sequence in scheduler.waiting
             assert is_known == (sequence.finish is None and sequence not in aborted)
-            assert sequence in scheduler.running or not sequence.blocks
+        if now >= len(trace) and not scheduler.has_work:
+            break
 
-    # within as many steps as there are tokens to compute, everybody has ended, as it should
+    # everybody has ended, and said what it would have said alone
     assert not scheduler.has_work
-    assert scheduler.pool.num_free == setup["num_blocks"]
+    assert pool.num_free == num_blocks
     for sequence in arrived:
-        if sequence not in aborted:
-            stops = sequence.stops_after <= sequence.params.max_tokens
-            assert sequence.finish == ("stop" if stops else "length")
-            assert sequence.num_emitted == min(sequence.stops_after, sequence.params.max_tokens)
-            assert computed[sequence] == len(sequence.token_ids) - 1
+        alone = list(sequence.prompt_ids)
+        for _ in range(sequence.num_emitted):
+            alone.append(says_next(sequence.cache_salt, alone))
+        assert sequence.token_ids == alone
+        assert sequence.finish or sequence in aborted
 
 
 # --- who goes first ---
@@ -237,7 +304,8 @@ def test_a_sequence_that_must_wait_for_blocks_is_not_overtaken() -> None:
         scheduler.add(sequence)
     step(scheduler)
     assert scheduler.running == [running]
-    assert list(scheduler.waiting) == [large, small]
+    assert large in scheduler.waiting
+    assert small in scheduler.waiting
     while not running.finish:
         step(scheduler)
     step(scheduler)
@@ -336,7 +404,7 @@ def test_an_abort_ends_waiting_and_running_alike() -> None:
     scheduler.abort(running)
     assert not scheduler.has_work
     assert scheduler.pool.num_free == scheduler.pool.num_blocks
-    assert scheduler.schedule() == []
+    assert scheduler.schedule().chunks == []
 
 
 def test_an_abort_of_what_has_ended_changes_nothing() -> None:
@@ -366,5 +434,5 @@ def test_the_scheduler_shows_its_state() -> None:
     scheduler.add(sequence_of(4, 4))
     scheduler.add(sequence_of(4, 4))
     step(scheduler)
-    shown = "Scheduler(1 running, 1 waiting, BlockPool(2 free of 4 x 4 tokens))"
+    shown = "Scheduler(1 running, 1 waiting, BlockPool(3 free of 4 x 4 tokens))"
     assert repr(scheduler) == shown
