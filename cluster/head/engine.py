@@ -15,6 +15,7 @@ from typing import Protocol
 from torch import Tensor
 
 from cluster.errors import RequestError
+from cluster.head.classification import Classification
 from cluster.head.scheduler import Chunk, Scheduler
 from cluster.head.sequence import Finish, Sequence
 from cluster.metrics import HeadMetrics, StepStats
@@ -35,12 +36,14 @@ RequestKey = int
 class Event:
     """News of one request: new tokens, its end, or its failure.
 
+    scores: of a classified prompt, one for each label; it has ended.
     error: the request failed and has ended; `is_refusal` says that it never could have worked.
     """
 
     key: RequestKey
     token_ids: tuple[int, ...] = ()
     finish: Finish | None = None
+    scores: tuple[float, ...] = ()
     error: str | None = None
     is_refusal: bool = False
 
@@ -183,6 +186,11 @@ class Engine:
     def _check(self, sequence: Sequence) -> None:
         """Refuse what could never be computed. The ingress has checked, but is only a peer."""
         vocab_size = self._decoder.config.vocab_size
+        classifies = self._decoder.config.labels is not None
+        if classifies and not isinstance(sequence, Classification):
+            raise RequestError(400, "this model classifies and does not generate: use /classify")
+        if not classifies and isinstance(sequence, Classification):
+            raise RequestError(400, "this model generates and has no score head to classify with")
         if not sequence.prompt_ids:
             raise RequestError(400, "the prompt holds no tokens")
         if max(sequence.prompt_ids) >= vocab_size or min(sequence.prompt_ids) < 0:
@@ -190,8 +198,9 @@ class Engine:
         if sequence.max_len > self._max_model_len:
             raise RequestError(
                 400,
-                f"{len(sequence.prompt_ids)} prompt tokens and {sequence.params.max_tokens} new "
-                f"ones exceed the context of {self._max_model_len} tokens",
+                f"{len(sequence.prompt_ids)} prompt tokens and "
+                f"{sequence.max_len - len(sequence.prompt_ids)} new ones exceed the context of "
+                f"{self._max_model_len} tokens",
             )
         if not self._scheduler.can_ever_fit(sequence):
             raise RequestError(
@@ -226,7 +235,7 @@ class Engine:
             StepStats(
                 num_tokens=batch.num_tokens,
                 num_sequences=len(chunks),
-                num_emitted=len(emitted),
+                num_emitted=len(token_ids),
                 num_waiting=len(self._scheduler.waiting),
                 num_free_blocks=self._scheduler.pool.num_free,
                 num_blocks=self._scheduler.pool.num_blocks,
@@ -250,9 +259,14 @@ class Engine:
         return [chunk for chunk in chunks if chunk not in broken], logits_SV[~broken_S]
 
     def _sample(self, chunks: list[Chunk], logits_SV: Tensor) -> list[int]:
-        """One token for each chunk that samples."""
+        """One token for each chunk that samples; a classification gets its scores instead."""
         sampling = [chunk.sequence for chunk in chunks if chunk.samples]
         if not sampling:
+            return []
+        if self._decoder.config.labels is not None:
+            for sequence, scores in zip(sampling, logits_SV.tolist(), strict=True):
+                assert isinstance(sequence, Classification), "_check refuses all others"
+                sequence.scores = tuple(scores)
             return []
         return sample(
             logits_SV,
@@ -266,7 +280,10 @@ class Engine:
         by_outbox: dict[Outbox, list[Event]] = defaultdict(list)
         for sequence in emitted:
             outbox, key = self._addresses[sequence]
-            event = Event(key, token_ids=(sequence.token_ids[-1],), finish=sequence.finish)
+            if isinstance(sequence, Classification):
+                event = Event(key, scores=sequence.scores or (), finish=sequence.finish)
+            else:
+                event = Event(key, token_ids=(sequence.token_ids[-1],), finish=sequence.finish)
             by_outbox[outbox].append(event)
             if sequence.finish:
                 self._forget(sequence)

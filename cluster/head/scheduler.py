@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
+from cluster.head.classification import Classification
 from cluster.head.sequence import Sequence
 from model.batch import Span
 from model.blocks import BlockPool, blocks_of_sequence
@@ -112,9 +113,10 @@ class Scheduler:
         return chunks
 
     def commit(self, chunks: Many[Chunk], token_ids: Many[int]) -> list[Sequence]:
-        """Record a computed step; returns the sequences that got a token, in order.
+        """Record a computed step; returns the sequences that got a token or scores, in order.
 
-        token_ids: the drawn token of each chunk that samples. Sequences that end leave here.
+        token_ids: the drawn token of each chunk that samples, unless it is a classification's.
+        Sequences that end leave here.
         """
         drawn = iter(token_ids)
         emitted = []
@@ -123,7 +125,8 @@ class Scheduler:
             sequence.num_computed += chunk.num_tokens
             if not samples:
                 continue
-            sequence.token_ids.append(next(drawn))
+            if not isinstance(sequence, Classification):
+                sequence.token_ids.append(next(drawn))
             emitted.append(sequence)
             if sequence.finish:
                 self._end(sequence)
