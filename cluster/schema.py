@@ -1,9 +1,9 @@
-"""What travels over HTTP: OpenAI's requests and replies, as far as Maestrale speaks them.
+"""What travels over HTTP: OpenAI's and vLLM's requests and replies, as far as they are spoken.
 
 Shared by ingress and SDK. Bounds of request fields live here and nowhere else.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -15,7 +15,7 @@ from pydantic import (
 )
 
 MAX_CHOICES = 128
-"""Completions one request may ask for: prompts x n."""
+"""Completions one request may ask for: prompts x n. Also the texts it may have classified."""
 MAX_STOP_STRINGS = 16
 MAX_STOP_TOKENS = 64
 MAX_SEED = 2**63 - 1
@@ -23,6 +23,13 @@ MAX_SEED = 2**63 - 1
 TokenId = Annotated[int, Field(ge=0, strict=True)]
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 """fail_fast: the first wrong item refuses the list; a long one must not cost seconds to refuse."""
+Prompts = (
+    str
+    | TokenIds
+    | Annotated[list[str], Field(fail_fast=True, max_length=MAX_CHOICES)]
+    | Annotated[list[TokenIds], Field(fail_fast=True, max_length=MAX_CHOICES)]
+)
+"""Text or token ids, of one prompt or of several."""
 StopString = Annotated[str, Field(min_length=1, max_length=1_000)]
 
 NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -44,6 +51,16 @@ NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
 """Fields of OpenAI's and vLLM's that would change the answer but are not served yet, with the
 values that ask for nothing. Any other value is refused rather than silently ignored."""
 
+NOT_SUPPORTED_TO_CLASSIFY: dict[str, tuple[Any, ...]] = {
+    "activation": (True,),
+    "add_special_tokens": (True,),
+    "messages": ([],),
+    "softmax": (True,),
+    "stream": (False,),
+    "truncate_prompt_tokens": (),
+}
+"""The same for classification; the first and the fourth are older names of use_activation."""
+
 
 class StreamOptions(BaseModel):
     """Options of a streamed reply."""
@@ -51,13 +68,41 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class GenerationRequest(BaseModel):
-    """What completions and chat completions share. Unknown fields are ignored."""
+class ModelRequest(BaseModel):
+    """What all requests to the model share. Unknown fields are ignored."""
 
     model_config = ConfigDict(extra="allow")
+    not_supported: ClassVar[dict[str, tuple[Any, ...]]]
 
     model: str | None = None
     """Served model id; the one model there is when left out."""
+    user: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_the_default(cls, data: Any) -> Any:
+        """Clients send null for what they leave open."""
+        if isinstance(data, dict):
+            return {key: value for key, value in data.items() if value is not None}
+        return data
+
+    def first_unsupported(self) -> str | None:
+        """Name of a field that asks for something not served yet, or None."""
+        for name, value in (self.model_extra or {}).items():
+            if name in self.not_supported and not any(
+                # a bool is not a number here: logprobs: 0 asks for something, false does not
+                value == off and isinstance(value, bool) == isinstance(off, bool)
+                for off in self.not_supported[name]
+            ):
+                return name
+        return None
+
+
+class GenerationRequest(ModelRequest):
+    """What completions and chat completions share."""
+
+    not_supported = NOT_SUPPORTED
+
     n: int = Field(default=1, ge=1, le=MAX_CHOICES)
     temperature: float = Field(default=1.0, ge=0.0, le=2.0, allow_inf_nan=False)
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
@@ -81,15 +126,6 @@ class GenerationRequest(BaseModel):
     ) = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    user: str | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_the_default(cls, data: Any) -> Any:
-        """Clients send null for what they leave open."""
-        if isinstance(data, dict):
-            return {key: value for key, value in data.items() if value is not None}
-        return data
 
     @field_validator("stream_options")
     @classmethod
@@ -106,27 +142,11 @@ class GenerationRequest(BaseModel):
             return ()
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
-    def first_unsupported(self) -> str | None:
-        """Name of a field that asks for something not served yet, or None."""
-        for name, value in (self.model_extra or {}).items():
-            if name in NOT_SUPPORTED and not any(
-                # a bool is not a number here: logprobs: 0 asks for something, false does not
-                value == off and isinstance(value, bool) == isinstance(off, bool)
-                for off in NOT_SUPPORTED[name]
-            ):
-                return name
-        return None
-
 
 class CompletionRequest(GenerationRequest):
     """Body of POST /v1/completions."""
 
-    prompt: (
-        str
-        | TokenIds
-        | Annotated[list[str], Field(fail_fast=True, max_length=MAX_CHOICES)]
-        | Annotated[list[TokenIds], Field(fail_fast=True, max_length=MAX_CHOICES)]
-    )
+    prompt: Prompts
     max_tokens: int = Field(default=16, ge=1)
 
 
@@ -158,6 +178,16 @@ class ChatCompletionRequest(GenerationRequest):
     """Left out: the rest of the context."""
     max_completion_tokens: int | None = Field(default=None, ge=1)
     """OpenAI's newer name of max_tokens; wins where both are given."""
+
+
+class ClassifyRequest(ModelRequest):
+    """Body of POST /classify and /v1/classify."""
+
+    not_supported = NOT_SUPPORTED_TO_CLASSIFY
+
+    input: Prompts
+    use_activation: bool = True
+    """Left true, the reply has probabilities; false asks for the score head's logits."""
 
 
 class Reply(BaseModel):
@@ -240,6 +270,29 @@ class ChatCompletionChunk(Reply):
     model: str
     choices: list[ChatChunkChoice]
     usage: Usage | None = None
+
+
+class ClassificationResult(Reply):
+    """What was found out about one input."""
+
+    index: int
+    label: str
+    """The likeliest."""
+    probs: list[float]
+    """Of every label, in the order of their ids."""
+    num_classes: int
+
+
+class Classification(Reply):
+    """Reply of /classify."""
+
+    id: str
+    object: Literal["list"] = "list"
+    created: int
+    """Unix time, seconds."""
+    model: str
+    data: list[ClassificationResult]
+    usage: Usage
 
 
 class Model(Reply):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from model.errors import ConfigError
+from model.labels import PROBLEM_TYPES, read_labels
 
 DTYPES = ("float32", "bfloat16", "float16")
 """Names of the floating types a model may be loaded in, as torch spells them."""
@@ -27,6 +28,9 @@ _SAME_NAME = (
     "sliding_window",
     "tie_word_embeddings",
     "bos_token_id",
+    "pad_token_id",
+    "router_aux_loss_coef",
+    "problem_type",
 )
 """Fields that every version of transformers spells as we do."""
 
@@ -103,7 +107,13 @@ class MixtralConfig:
     tie_word_embeddings: bool = False
     bos_token_id: int = 1
     eos_token_ids: tuple[int, ...] = (2,)
+    pad_token_id: int | None = None
+    router_aux_loss_coef: float = 0.001
     dtype: str = "bfloat16"
+    labels: tuple[str, ...] | None = None
+    """Of a sequence classifier, in the order of their ids; None for a model that generates."""
+    problem_type: str | None = None
+    """What a classifier was trained for, if its file says so: one of labels.PROBLEM_TYPES."""
 
     def __post_init__(self) -> None:
         for name in _COUNTS:
@@ -121,6 +131,9 @@ class MixtralConfig:
             value = getattr(self, name)
             if type(value) not in (int, float) or not 0 < value < math.inf:
                 raise ConfigError(f"{name} must be a number above 0, not {value!r}")
+        coefficient = self.router_aux_loss_coef
+        if type(coefficient) not in (int, float) or not 0 <= coefficient < math.inf:
+            raise ConfigError(f"router_aux_loss_coef must be 0 or more, not {coefficient!r}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
@@ -141,6 +154,13 @@ class MixtralConfig:
         ):
             if not ids or any(type(token_id) is not int or token_id < 0 for token_id in ids):
                 raise ConfigError(f"{name} must be token ids, not {ids!r}")
+        pad = self.pad_token_id
+        if pad is not None and (type(pad) is not int or pad < -1):  # -1 is some files' none
+            raise ConfigError(f"pad_token_id must be a token id or null, not {pad!r}")
+        if self.problem_type not in (None, *PROBLEM_TYPES):
+            raise ConfigError(
+                f"problem_type {self.problem_type!r} is not one of {', '.join(PROBLEM_TYPES)}"
+            )
         if self.head_dim % 2:
             raise ConfigError(f"head_dim ({self.head_dim}) must be even: RoPE rotates pairs")
         if self.dtype not in DTYPES:
@@ -203,6 +223,7 @@ class MixtralConfig:
             ),
             "dtype": _agreed(config, "dtype", "torch_dtype"),
             "eos_token_ids": _end_tokens(config),
+            "labels": read_labels(config),
         }
         for name in _SAME_NAME:
             fields[name] = config.get(name)

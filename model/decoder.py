@@ -41,7 +41,10 @@ class Trace:
 
 
 class Decoder:
-    """Embeddings, attention, norms, routers and LM head of a Mixtral. Keeps no request's state."""
+    """Embeddings, attention, norms, routers and last matrix of a Mixtral. Keeps no request's state.
+
+    The last matrix is the LM head, or a sequence classifier's score head, with labels for V.
+    """
 
     def __init__(
         self, config: MixtralConfig, weights: DecoderWeights, *, attention: str = "sdpa"

@@ -21,13 +21,8 @@ from model.decoder import Decoder, Trace
 from model.errors import ConfigError, SamplingError
 from model.experts import Experts, LocalExperts
 from model.hub import resolve
-from model.loss import (
-    DEFAULT_AUX_LOSS_COEF,
-    ModelOutput,
-    load_balancing_loss,
-    next_token_loss,
-    read_aux_loss_coef,
-)
+from model.labels import ARCHITECTURE
+from model.loss import ModelOutput, load_balancing_loss, next_token_loss
 from model.sampling_params import SamplingParams
 from model.stop import TextStream
 from model.tokenizer import Tokenizer
@@ -58,15 +53,12 @@ class Mixtral:
         experts: Experts,
         tokenizer: Tokenizer,
         chat: ChatFormat,
-        *,
-        router_aux_loss_coef: float = DEFAULT_AUX_LOSS_COEF,
     ) -> None:
         self.decoder = decoder
         self.experts = experts
         self.tokenizer = tokenizer
         self.chat = chat
         self.config = decoder.config
-        self.router_aux_loss_coef = router_aux_loss_coef
 
     @classmethod
     def load(
@@ -91,13 +83,17 @@ class Mixtral:
         checkpoint = Checkpoint(
             folder, dtype=torch_dtype(dtype), device=device, quantization=quantization
         )
+        if checkpoint.config.labels is not None:
+            raise ConfigError(
+                f"{folder} holds a sequence classifier ({ARCHITECTURE}), which generates "
+                "nothing; load it with model.classify.Classifier"
+            )
         tokenizer = Tokenizer.from_folder(folder)
         return cls(
             Decoder(checkpoint.config, checkpoint.load_decoder(on_bytes), attention=attention),
             LocalExperts(checkpoint.load_experts(checkpoint.config.expert_units, on_bytes)),
             tokenizer,
             ChatFormat.from_folder(folder, tokenizer),
-            router_aux_loss_coef=read_aux_loss_coef(folder),
         )
 
     @overload
@@ -272,7 +268,7 @@ class Mixtral:
                 trace.router_logits, top_k=self.config.num_experts_per_tok
             )
             if loss is not None:
-                loss = loss + self.router_aux_loss_coef * aux_loss
+                loss = loss + self.config.router_aux_loss_coef * aux_loss
         return ModelOutput(
             logits_TV=logits_TV,
             loss=loss,

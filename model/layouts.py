@@ -15,6 +15,10 @@ from typing import Any, Literal
 
 from model.config import MixtralConfig
 
+LM_HEAD = "lm_head.weight"
+SCORE = "score.weight"
+"""The head of a sequence classifier, in the place of the LM head."""
+
 Part = Literal["embeddings", "attention", "norms", "routers", "experts", "head"]
 
 
@@ -67,7 +71,14 @@ def is_harmless(stored_name: str, config: MixtralConfig) -> bool:
     """
     if stored_name.endswith("rotary_emb.inv_freq"):
         return True
-    return config.tie_word_embeddings and stored_name in ("lm_head.weight", "output.weight")
+    return config.tie_word_embeddings and stored_name in (LM_HEAD, "output.weight")
+
+
+def head_name(config: MixtralConfig) -> str | None:
+    """The name of the matrix after the last norm; None where it is that of the embeddings."""
+    if config.labels is not None:
+        return SCORE
+    return None if config.tie_word_embeddings else LM_HEAD
 
 
 def sources(config: MixtralConfig, layout: Layout) -> dict[str, Source]:
@@ -92,8 +103,10 @@ def sources(config: MixtralConfig, layout: Layout) -> dict[str, Source]:
 
     outer("embeddings", "model.embed_tokens.weight", "tok_embeddings.weight", vocab, hidden)
     outer("norms", "model.norm.weight", "norm.weight", hidden)
-    if not config.tie_word_embeddings:
-        outer("head", "lm_head.weight", "output.weight", vocab, hidden)
+    if config.labels is not None:
+        whole("head", SCORE, SCORE, len(config.labels), hidden)
+    elif not config.tie_word_embeddings:
+        outer("head", LM_HEAD, "output.weight", vocab, hidden)
 
     pairs_to_halves = _pairs_to_halves(config.head_dim) if is_mistrals else None
     router = {

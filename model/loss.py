@@ -5,23 +5,17 @@ Values only: the decoder runs without gradients.
 Shape suffixes: T tokens, V vocabulary, E experts, K experts per token.
 """
 
-import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.errors import ConfigError, PromptError
+from model.errors import PromptError
 
 IGNORED = -100
 """The label of a token that does not count, as everywhere in torch and transformers."""
-
-DEFAULT_AUX_LOSS_COEF = 0.001
-"""Weight of the load-balancing loss where config.json has no router_aux_loss_coef."""
 
 
 @dataclass(frozen=True)
@@ -73,16 +67,3 @@ def load_balancing_loss(router_logits: Sequence[Tensor], *, top_k: int) -> Tenso
     tokens_E = chosen_TK.flatten().bincount(minlength=num_experts)
     share_E = tokens_E.to(probabilities_TE.dtype) / num_tokens
     return num_experts * (share_E * probabilities_TE.mean(dim=0)).sum()
-
-
-def read_aux_loss_coef(folder: Path) -> float:
-    """Weight of the load-balancing loss by a checkpoint's config.json. Raises ConfigError."""
-    file = folder / "config.json"
-    if not file.exists():  # Mistral's params.json has no such field
-        return DEFAULT_AUX_LOSS_COEF
-    value = json.loads(file.read_text(encoding="utf-8")).get("router_aux_loss_coef")
-    if value is None:
-        return DEFAULT_AUX_LOSS_COEF
-    if type(value) not in (int, float) or not 0 <= value < math.inf:
-        raise ConfigError(f"{file}: router_aux_loss_coef must be 0 or more, not {value!r}")
-    return float(value)

@@ -15,6 +15,7 @@ from model import layouts
 from model.config import MixtralConfig
 from model.errors import CheckpointError, QuantizationError
 from model.experts import ExpertWeights
+from model.labels import ARCHITECTURE
 from model.quantize import quantize_expert, require
 from model.quantized_copy import QuantizedCopy, expert_bytes
 from model.tensor_files import StoredTensor, WeightFile, WeightFiles
@@ -49,6 +50,7 @@ class DecoderWeights:
     layers: tuple[LayerWeights, ...]
     final_norm_D: Tensor
     lm_head_VD: Tensor
+    """Of a sequence classifier: its score head, with a row for each label."""
 
 
 class Checkpoint:
@@ -134,7 +136,8 @@ class Checkpoint:
                 )
             )
         embedding_VD = load("model.embed_tokens.weight")
-        lm_head_VD = embedding_VD if config.tie_word_embeddings else load("lm_head.weight")
+        head = layouts.head_name(config)
+        lm_head_VD = load(head) if head else embedding_VD
         final_norm_D = load("model.norm.weight")
         return DecoderWeights(embedding_VD, tuple(layers), final_norm_D, lm_head_VD)
 
@@ -224,7 +227,8 @@ class Checkpoint:
     def _refuse_surplus(self, path: Path, names: Iterable[str]) -> None:
         for name in names:
             if name not in self._known and not layouts.is_harmless(name, self.config):
+                hint = f"; is config.json to name {ARCHITECTURE}?" if name == layouts.SCORE else ""
                 raise CheckpointError(
                     f"{path}: {name} is a tensor that the configured Mixtral does not have "
-                    f"(layout: {self.layout.value})"
+                    f"(layout: {self.layout.value}){hint}"
                 )

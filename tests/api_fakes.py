@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import cache
@@ -26,6 +26,7 @@ DEADLINE_S = 30.0
 
 JSON = {"content-type": "application/json"}
 COMPLETIONS = "/v1/completions"
+CLASSIFY = "/v1/classify"
 CHAT = "/v1/chat/completions"
 MODEL_ID = "tiny"
 CONTEXT = 64
@@ -65,6 +66,15 @@ def never_ends(journal: Journal) -> Iterator[int | Exception]:
     yield from [LETTER_C] * 2
 
 
+Scorer = Callable[[Sequence[int]], Sequence[float] | Exception | None]
+"""Of a prompt its logits; an exception is raised, and None never answers."""
+
+
+def first_ids(prompt_ids: Sequence[int]) -> list[float]:
+    """Three logits: the first two ids, in hundreds, and the length."""
+    return [prompt_ids[0] / 100, prompt_ids[-1] / 100, float(len(prompt_ids))]
+
+
 READY = Readiness(
     ready=True, phase="ready", percent=100, epoch=1, heads_ready=1, heads_expected=1, workers=[]
 )
@@ -90,6 +100,10 @@ class ScriptedEngine:
         """Every journal that was run, in order."""
         self.closed: list[Journal] = []
         """Those whose iterator has ended, for whatever reason."""
+        self.scorer: Scorer = first_ids
+        self.classified: list[list[int]] = []
+        """Every prompt that was to be classified, in order."""
+        self.num_classifying = 0
 
     @property
     def aborted(self) -> list[Journal]:
@@ -120,6 +134,20 @@ class ScriptedEngine:
             await asyncio.Event().wait()
         finally:
             self.closed.append(journal)
+
+    async def classify(self, prompt_ids: Sequence[int]) -> tuple[float, ...]:
+        self.classified.append(list(prompt_ids))
+        self.num_classifying += 1
+        try:
+            await asyncio.sleep(0)  # so that prompts take turns
+            scores = self.scorer(prompt_ids)
+            if isinstance(scores, Exception):
+                raise scores
+            if scores is None:
+                await asyncio.Event().wait()
+            return tuple(scores or ())
+        finally:
+            self.num_classifying -= 1
 
     def readiness(self) -> Readiness:
         return self.state

@@ -18,6 +18,7 @@ from cluster.rpc import Identity
 from model import Mixtral
 from model.batch import Batch
 from model.blocks import BlockPool
+from model.classify import Classifier
 from model.decoder import Decoder
 from model.experts import Computed, Experts, ExpertWeights, PendingRows, weighted_sums
 from model.kv_cache import KVCache
@@ -131,7 +132,7 @@ class Head:
 
     def __init__(
         self,
-        mixtral: Mixtral,
+        mixtral: Mixtral | Classifier,
         *,
         experts: Experts | None = None,
         decoder: Decoder | None = None,

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from model import Mixtral
 from model.decoder import Decoder
 from model.experts import LocalExperts
-from model.loss import read_aux_loss_coef
 from model.weights import Checkpoint
 from tests.fakes import small_config
 
@@ -73,7 +72,6 @@ def load_ours(folder: Path, like: Mixtral) -> Mixtral:
         LocalExperts(checkpoint.load_experts(everything)),
         like.tokenizer,
         like.chat,
-        router_aux_loss_coef=read_aux_loss_coef(folder),
     )
 
 

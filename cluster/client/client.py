@@ -2,7 +2,7 @@
 
 import os
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import httpx
 
@@ -11,8 +11,8 @@ from cluster.client.completions import Completions
 from cluster.client.connection import Connection
 from cluster.client.models import Models
 from cluster.client.reply import check_status, read_readiness
-from cluster.client.request import DEFAULT_TIMEOUT_S, settings
-from cluster.schema import Readiness
+from cluster.client.request import DEFAULT_TIMEOUT_S, Prompt, request_body, settings
+from cluster.schema import Classification, Readiness
 
 
 class Client:
@@ -45,6 +45,22 @@ class Client:
     def base_url(self) -> str:
         """The server's address, without `/v1`."""
         return self._connection.root
+
+    def classify(
+        self,
+        *,
+        input: Prompt,
+        model: str | None = None,
+        use_activation: bool | None = None,
+        **extra: Any,
+    ) -> Classification:
+        """Label a text, or several at once, with a model that classifies.
+
+        use_activation: False for the score head's logits instead of probabilities.
+        extra: further fields of the request, sent as they are. Raises APIError.
+        """
+        body = request_body(extra, input=input, model=model, use_activation=use_activation)
+        return self._connection.post("/v1/classify", body, Classification)
 
     def ready(self) -> Readiness:
         """How far the server is. A server that is not ready yet answers too: see `.ready`."""

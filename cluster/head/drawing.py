@@ -13,6 +13,7 @@ from itertools import accumulate
 
 from torch import Tensor
 
+from cluster.head.classification import Classification
 from cluster.head.scheduler import Chunk
 from model.sampler import History, sample
 
@@ -23,6 +24,8 @@ class Drawn:
 
     chunk: Chunk
     token_ids: list[int] = field(default_factory=list)
+    scores: tuple[float, ...] = ()
+    """Of a classification, which gets no tokens."""
 
 
 def draw(chunks: Many[Chunk], logits_LV: Tensor) -> list[Drawn]:
@@ -49,6 +52,16 @@ def draw(chunks: Many[Chunk], logits_LV: Tensor) -> list[Drawn]:
             if _holds(one) and not one.chunk.sequence.finish:
                 still_alive.append((one, row + 1))
         alive = still_alive
+    return drawn
+
+
+def score(chunks: Many[Chunk], logits_LV: Tensor) -> list[Drawn]:
+    """The scores of each prompt that is computed, which its sequence is given too."""
+    drawn = []
+    for chunk, scores in zip((c for c in chunks if c.samples), logits_LV.tolist(), strict=True):
+        assert isinstance(chunk.sequence, Classification), f"{chunk} asks a classifier for tokens"
+        chunk.sequence.scores = tuple(scores)
+        drawn.append(Drawn(chunk, scores=tuple(scores)))
     return drawn
 
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from cluster.errors import RequestError
-from cluster.head.drawing import Drawn, broken_chunks, draw
+from cluster.head.classification import Classification
+from cluster.head.drawing import Drawn, broken_chunks, draw, score
 from cluster.head.scheduler import Chunk, Scheduler, Step
 from cluster.head.sequence import Finish, Sequence
 from cluster.metrics import HeadMetrics, StepStats
@@ -36,6 +37,7 @@ RequestKey = int
 class Event:
     """News of one request: new tokens, its end, or its failure.
 
+    scores:     of a classified prompt, one for each label; it has ended.
     num_reused: with the first tokens, how many of the prompt's were not computed for this request.
     error:      the request failed and has ended; `is_refusal` says that it never could have worked.
     """
@@ -43,6 +45,7 @@ class Event:
     key: RequestKey
     token_ids: tuple[int, ...] = ()
     finish: Finish | None = None
+    scores: tuple[float, ...] = ()
     num_reused: int | None = None
     error: str | None = None
     is_refusal: bool = False
@@ -186,6 +189,11 @@ class Engine:
     def _check(self, sequence: Sequence) -> None:
         """Refuse what could never be computed. The ingress has checked, but is only a peer."""
         vocab_size = self._decoder.config.vocab_size
+        classifies = self._decoder.config.labels is not None
+        if classifies and not isinstance(sequence, Classification):
+            raise RequestError(400, "this model classifies and does not generate: use /classify")
+        if not classifies and isinstance(sequence, Classification):
+            raise RequestError(400, "this model generates and has no score head to classify with")
         if not sequence.prompt_ids:
             raise RequestError(400, "the prompt holds no tokens")
         if max(sequence.prompt_ids) >= vocab_size or min(sequence.prompt_ids) < 0:
@@ -193,8 +201,9 @@ class Engine:
         if sequence.max_len > self._max_model_len:
             raise RequestError(
                 400,
-                f"{len(sequence.prompt_ids)} prompt tokens and {sequence.params.max_tokens} new "
-                f"ones exceed the context of {self._max_model_len} tokens",
+                f"{len(sequence.prompt_ids)} prompt tokens and "
+                f"{sequence.max_len - len(sequence.prompt_ids)} new ones exceed the context of "
+                f"{self._max_model_len} tokens",
             )
         if not self._scheduler.can_ever_fit(sequence):
             raise RequestError(
@@ -215,7 +224,8 @@ class Engine:
             if broken:
                 logits_LV = self._without(broken, chunks, logits_LV)
                 chunks = [chunk for chunk in chunks if chunk not in broken]
-            drawn = draw(chunks, logits_LV)
+            is_classifier = self._decoder.config.labels is not None
+            drawn = (score if is_classifier else draw)(chunks, logits_LV)
             sampled = time.perf_counter()
         except Exception as error:
             # These sequences are lost, whatever it was; the others and the engine go on.
@@ -233,7 +243,7 @@ class Engine:
                 num_reused=step.num_reused,
                 num_preempted=step.num_preempted,
                 num_drafted=sum(len(one.chunk.drafts) for one in drawn),
-                num_accepted=sum(len(one.token_ids) - 1 for one in drawn),
+                num_accepted=sum(max(0, len(one.token_ids) - 1) for one in drawn),
                 num_waiting=len(self._scheduler.waiting),
                 num_free_blocks=self._scheduler.pool.num_free,
                 num_blocks=self._scheduler.pool.num_blocks,
@@ -277,6 +287,7 @@ class Engine:
                 key,
                 token_ids=tuple(one.token_ids),
                 finish=sequence.finish,
+                scores=one.scores,
                 num_reused=sequence.num_reused if is_first else None,
             )
             by_outbox[outbox].append(event)

@@ -12,6 +12,7 @@ from collections.abc import Sequence as Many
 import grpc
 
 from cluster import rpc
+from cluster.head.classification import Classification
 from cluster.head.engine import Engine, Event
 from cluster.head.sequence import Sequence
 from cluster.metrics import HeadMetrics
@@ -96,7 +97,7 @@ class HeadService(head_pb2_grpc.HeadServicer):
             case "submit":
                 submit = request.submit
                 try:
-                    sequence = Sequence(list(submit.token_ids), _params(submit.params))
+                    sequence = _sequence(submit)
                 except SamplingError as error:
                     outbox.put([Event(submit.request_id, error=str(error), is_refusal=True)])
                     return
@@ -105,6 +106,13 @@ class HeadService(head_pb2_grpc.HeadServicer):
                 self._engine.abort(outbox, request.abort.request_id)
             case None:
                 logger.warning("%s: an empty request was ignored", self._identity.name)
+
+
+def _sequence(submit: head_pb2.Submit) -> Sequence:
+    """Raises SamplingError."""
+    if submit.WhichOneof("task") == "classify":
+        return Classification(list(submit.token_ids))
+    return Sequence(list(submit.token_ids), _params(submit.params))
 
 
 def _params(params: head_pb2.SamplingParams) -> SamplingParams:
@@ -130,5 +138,9 @@ def _to_proto(event: Event) -> head_pb2.SequenceEvent:
     else:
         finish = head_pb2.FINISH_INVALID if event.is_refusal else head_pb2.FINISH_ERROR
     return head_pb2.SequenceEvent(
-        request_id=event.key, token_ids=event.token_ids, finish=finish, error=event.error or ""
+        request_id=event.key,
+        token_ids=event.token_ids,
+        finish=finish,
+        error=event.error or "",
+        scores=event.scores,
     )

@@ -1,15 +1,14 @@
-"""The HTTP API: OpenAI's completions and chat completions over whatever engine it is given.
+"""The HTTP API over whatever engine it is given: OpenAI's completions and chat, vLLM's classify.
 
 Knows schema, text and HTTP; knows neither gRPC nor Ray.
 """
 
-import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
@@ -17,6 +16,8 @@ from pydantic import BaseModel
 
 from cluster.errors import RequestError
 from cluster.ingress import errors, sse
+from cluster.ingress.classify import classification, classify_all
+from cluster.ingress.disconnect import unless_disconnected
 from cluster.ingress.journal import Finish, Journal
 from cluster.ingress.limits import BodyLimit, ConcurrencyLimit
 from cluster.ingress.merge import merge
@@ -32,12 +33,14 @@ from cluster.schema import (
     ChatCompletionChunk,
     ChatCompletionRequest,
     ChatDelta,
+    Classification,
+    ClassifyRequest,
     Completion,
     CompletionChoice,
     CompletionRequest,
-    GenerationRequest,
     Model,
     ModelList,
+    ModelRequest,
     Readiness,
     Usage,
 )
@@ -59,6 +62,13 @@ class Engine(Protocol):
 
     def generate(self, journal: Journal) -> AsyncGenerator[tuple[int, ...], None]:
         """Run a journal; yields and records new ids. Closing the iterator aborts it.
+
+        Raises HeadUnavailableError or RequestError.
+        """
+        ...
+
+    async def classify(self, prompt_ids: Sequence[int]) -> tuple[float, ...]:
+        """Logits of a prompt, one for each label. Cancelling aborts it.
 
         Raises HeadUnavailableError or RequestError.
         """
@@ -119,6 +129,8 @@ class _Api:
         router = APIRouter()
         router.post("/v1/completions", response_model=Completion)(self.completions)
         router.post("/v1/chat/completions", response_model=ChatCompletion)(self.chat_completions)
+        for path in ("/classify", "/v1/classify"):
+            router.post(path, response_model=Classification)(self.classify)
         router.get("/v1/models")(self.models)
         router.get("/v1/models/{model_id:path}")(self.model)
         router.get("/health")(self.health)
@@ -144,7 +156,7 @@ class _Api:
         now = int(time.time())
         if body.stream:
             return await self._stream(request, work, [], chunk, lambda usage: reply([], usage))
-        texts = await _unless_disconnected(request, self._collect(work))
+        texts = await unless_disconnected(request, self._collect(work))
         choices = [
             CompletionChoice(index=index, text=delta.text, finish_reason=delta.finish)
             for index, delta in enumerate(texts)
@@ -177,7 +189,7 @@ class _Api:
             return await self._stream(
                 request, work, first, chunk, lambda usage: chunk_of([], usage)
             )
-        texts = await _unless_disconnected(request, self._collect(work))
+        texts = await unless_disconnected(request, self._collect(work))
         reply = ChatCompletion(
             id=new_id,
             created=now,
@@ -192,6 +204,14 @@ class _Api:
             ],
             usage=work.usage(),
         )
+        return JSONResponse(reply.model_dump())
+
+    async def classify(self, body: ClassifyRequest, request: Request) -> Response:
+        """Label one or several texts."""
+        self._check(body)
+        prompts = self._prepare.classification(body)
+        logits = await unless_disconnected(request, self._classify(prompts))
+        reply = classification(self._settings, prompts, logits, use_activation=body.use_activation)
         return JSONResponse(reply.model_dump())
 
     async def models(self) -> ModelList:
@@ -223,7 +243,7 @@ class _Api:
             max_model_len=self._settings.max_model_len,
         )
 
-    def _check(self, body: GenerationRequest) -> None:
+    def _check(self, body: ModelRequest) -> None:
         """Refuse a request that cannot be served, whatever its prompt."""
         self._prepare.check(body)
         readiness = self._engine.readiness()
@@ -234,6 +254,11 @@ class _Api:
                 kind="service_unavailable",
                 headers={"Retry-After": "2"},
             )
+
+    async def _classify(self, prompts: Sequence[Sequence[int]]) -> list[tuple[float, ...]]:
+        with self._limit.slot():
+            self._metrics.observe_prompt(sum(len(prompt) for prompt in prompts))
+            return await classify_all(self._engine.classify, prompts)
 
     async def _deltas(self, work: Work) -> AsyncGenerator[tuple[int, TextDelta], None]:
         """Text of all choices as it comes, each with its choice's index."""
@@ -276,7 +301,7 @@ class _Api:
         """A streamed reply. Waits for the first text, so that an early error has a real status."""
         deltas = self._deltas(work)
         try:
-            index, delta = await _unless_disconnected(request, _first_of(deltas))
+            index, delta = await unless_disconnected(request, _first_of(deltas))
         except BaseException:
             await deltas.aclose()
             raise
@@ -303,23 +328,3 @@ class _Api:
 
 async def _first_of(deltas: AsyncGenerator[T, None]) -> T:
     return await anext(deltas)
-
-
-async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled when the caller hangs up first."""
-    task = asyncio.create_task(work)
-    watcher = asyncio.create_task(_disconnected(request))
-    try:
-        await asyncio.wait([task, watcher], return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise RequestError(499, "the caller has hung up", kind="client_closed_request")
-        return task.result()
-    finally:
-        for pending in (task, watcher):
-            pending.cancel()
-        await asyncio.gather(task, watcher, return_exceptions=True)
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -54,6 +54,9 @@ class Ingress:
                 max_model_len=config.max_model_len or model.max_position_embeddings,
                 vocab_size=model.vocab_size,
                 eos_token_ids=model.eos_token_ids,
+                labels=model.labels,
+                problem_type=model.problem_type,
+                pad_token_id=model.pad_token_id,
                 defaults=defaults,
                 max_concurrent_requests=-(-config.max_concurrent_requests // config.num_ingresses),
                 max_body_bytes=config.max_body_bytes,
@@ -89,6 +92,9 @@ class Cluster:
 
     def generate(self, journal: Journal) -> AsyncGenerator[tuple[int, ...], None]:
         return self._heads.generate(journal)
+
+    async def classify(self, prompt_ids: Sequence[int]) -> tuple[float, ...]:
+        return await self._heads.classify(prompt_ids)
 
     def readiness(self) -> Readiness:
         view = self._view

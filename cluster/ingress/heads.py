@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
 
 import grpc
 
@@ -51,26 +52,49 @@ class HeadConnection:
         Closing the iterator aborts the request at the head.
         Raises HeadUnavailableError when the head is lost or fails, RequestError when it refuses.
         """
+        request_id = next(self._ids)
+        async with aclosing(self._run(request_id, _submit(request_id, journal))) as events:
+            async for event in events:
+                token_ids = tuple(event.token_ids)
+                journal.record(token_ids, _FINISH[event.finish])
+                yield token_ids
+
+    async def classify(self, prompt_ids: Sequence[int]) -> tuple[float, ...]:
+        """Logits of a prompt on this head, one for each label. Cancelling aborts it there.
+
+        Raises as `generate` does.
+        """
+        request_id = next(self._ids)
+        submit = head_pb2.Submit(
+            request_id=request_id, token_ids=prompt_ids, classify=head_pb2.Classify()
+        )
+        request = head_pb2.HeadRequest(submit=submit)
+        async with aclosing(self._run(request_id, request)) as events:
+            return tuple((await anext(events)).scores)
+
+    async def _run(
+        self, request_id: int, submit: head_pb2.HeadRequest
+    ) -> AsyncGenerator[head_pb2.SequenceEvent, None]:
+        """Submit a request; yields its events up to its end. Closing before that aborts it."""
         if self.is_broken:
             raise HeadUnavailableError(f"{self.head.name} is gone")
-        request_id = next(self._ids)
-        events = self._events[request_id] = asyncio.Queue()
-        self._outgoing.put_nowait(_submit(request_id, journal))
+        arrived = self._events[request_id] = asyncio.Queue()
+        self._outgoing.put_nowait(submit)
+        has_ended = False
         try:
-            while journal.finish is None:
-                event = await events.get()
+            while not has_ended:
+                event = await arrived.get()
                 if isinstance(event, HeadUnavailableError):
                     raise event
+                has_ended = event.finish != head_pb2.FINISH_NONE
                 if event.finish == head_pb2.FINISH_INVALID:
                     raise RequestError(400, event.error)
                 if event.finish == head_pb2.FINISH_ERROR:
                     raise HeadUnavailableError(f"{self.head.name}: {event.error}")
-                token_ids = tuple(event.token_ids)
-                journal.record(token_ids, _FINISH[event.finish])
-                yield token_ids
+                yield event
         finally:
             del self._events[request_id]
-            if journal.finish is None and not self.is_broken:
+            if not has_ended and not self.is_broken:
                 abort = head_pb2.Abort(request_id=request_id)
                 self._outgoing.put_nowait(head_pb2.HeadRequest(abort=abort))
 
@@ -127,16 +151,26 @@ class HeadPool:
 
         Raises HeadUnavailableError when there is no head.
         """
-        self._refresh()
-        if not self._connections:
-            raise HeadUnavailableError("no head replica is connected")
-        return min(self._connections.values(), key=lambda c: c.num_open).generate(journal)
+        return self._least_busy().generate(journal)
+
+    async def classify(self, prompt_ids: Sequence[int]) -> tuple[float, ...]:
+        """Logits of a prompt, computed on that head; see HeadConnection.
+
+        Raises HeadUnavailableError when there is no head.
+        """
+        return await self._least_busy().classify(prompt_ids)
 
     async def close(self) -> None:
         self._heads = ()
         closing = [*self._closing, *(c.close() for c in self._connections.values())]
         self._connections = {}
         await asyncio.gather(*closing)
+
+    def _least_busy(self) -> HeadConnection:
+        self._refresh()
+        if not self._connections:
+            raise HeadUnavailableError("no head replica is connected")
+        return min(self._connections.values(), key=lambda c: c.num_open)
 
     def _refresh(self) -> None:
         """Replace broken streams, drop heads that are gone, connect to those that are new.

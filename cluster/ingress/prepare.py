@@ -13,13 +13,16 @@ from cluster.ingress.journal import Journal
 from cluster.schema import (
     MAX_CHOICES,
     ChatCompletionRequest,
+    ClassifyRequest,
     CompletionRequest,
     GenerationRequest,
+    ModelRequest,
     Usage,
 )
 from model.chat import ChatFormat, Message
 from model.config import GenerationDefaults
 from model.errors import PromptError
+from model.labels import trim_padding
 from model.sampling_params import SamplingParams
 from model.tokenizer import Tokenizer
 
@@ -37,6 +40,11 @@ class ApiSettings:
     eos_token_ids: tuple[int, ...]
     defaults: GenerationDefaults
     """What the checkpoint's makers recommend, for fields that a request leaves open."""
+    labels: tuple[str, ...] | None = None
+    """Of a model that classifies; None for one that generates."""
+    problem_type: str | None = None
+    """What a classifier was trained for, if it says so (see labels.PROBLEM_TYPES)."""
+    pad_token_id: int | None = None
     max_concurrent_requests: int
     """Of this ingress."""
     max_body_bytes: int
@@ -71,7 +79,7 @@ class Preparer:
 
     def completion(self, body: CompletionRequest) -> Work:
         """Work of a plain completion. Raises RequestError."""
-        prompts = [self._prompt_ids(prompt) for prompt in _prompts(body)]
+        prompts = [self._prompt_ids(given, "prompt") for given in _prompts(body.prompt, "prompt")]
         journals = self._journals(body, prompts, body.max_tokens, "max_tokens")
         return Work(body, journals, sum(len(prompt) for prompt in prompts), continues_text=True)
 
@@ -99,27 +107,53 @@ class Preparer:
                 code="model_not_found",
             )
 
-    def check(self, body: GenerationRequest) -> None:
+    def classification(self, body: ClassifyRequest) -> list[Sequence[int]]:
+        """Ids of the inputs, without padding at their ends. Raises RequestError."""
+        context = self._settings.max_model_len
+        prompts = []
+        for given in _prompts(body.input, "input"):
+            prompt = trim_padding(self._prompt_ids(given, "input"), self._settings.pad_token_id)
+            if len(prompt) > context:
+                raise RequestError(
+                    400,
+                    f"an input has {len(prompt)} tokens, the context is {context}",
+                    param="input",
+                    code="context_length_exceeded",
+                )
+            prompts.append(prompt)
+        return prompts
+
+    def check(self, body: ModelRequest) -> None:
         """Refuse a request that cannot be served, whatever its prompt."""
         self.check_model(body.model)
+        model_id, classifies = self._settings.model_id, self._settings.labels is not None
+        if classifies and not isinstance(body, ClassifyRequest):
+            message = f"{model_id} classifies and does not generate: use /v1/classify"
+            raise RequestError(400, message, param="model", code="unsupported")
+        if not classifies and isinstance(body, ClassifyRequest):
+            message = f"{model_id} generates and has no score head to classify with"
+            raise RequestError(400, message, param="model", code="unsupported")
         unsupported = body.first_unsupported()
         if unsupported:
             raise RequestError(
                 400, f"{unsupported} is not supported yet", param=unsupported, code="unsupported"
             )
 
-    def _prompt_ids(self, prompt: str | list[int]) -> tuple[int, ...]:
+    def _prompt_ids(self, prompt: str | list[int], field: str) -> tuple[int, ...]:
         if not prompt:
-            raise RequestError(400, "prompt: must not be empty", param="prompt")
+            raise RequestError(400, f"{field}: must not be empty", param=field)
         if isinstance(prompt, str):
-            self._check_length(len(prompt), "prompt")
-            return tuple(self._tokenizer.encode_prompt(prompt))
+            self._check_length(len(prompt), field)
+            try:
+                return tuple(self._tokenizer.encode_prompt(prompt))
+            except PromptError as error:
+                raise RequestError(400, f"{field}: {error}", param=field) from error
         vocab_size = self._settings.vocab_size
         if max(prompt) >= vocab_size:
             raise RequestError(
                 400,
-                f"prompt: token id {max(prompt)} is out of vocabulary ({vocab_size} ids)",
-                param="prompt",
+                f"{field}: token id {max(prompt)} is out of vocabulary ({vocab_size} ids)",
+                param=field,
             )
         return tuple(prompt)
 
@@ -192,14 +226,15 @@ class Preparer:
         return journals
 
 
-def _prompts(body: CompletionRequest) -> list[str | list[int]]:
-    """The prompts of a body, whichever of the four forms it has."""
-    prompt = body.prompt
+def _prompts(
+    prompt: str | list[int] | list[str] | list[list[int]], field: str
+) -> list[str | list[int]]:
+    """All prompts of a body's field, whichever of the four forms it has."""
     if isinstance(prompt, str):
         return [prompt]
     ids = [item for item in prompt if isinstance(item, int)]
     if ids:
         return [ids]
     if not prompt:
-        raise RequestError(400, "prompt: must not be empty", param="prompt")
+        raise RequestError(400, f"{field}: must not be empty", param=field)
     return [item for item in prompt if not isinstance(item, int)]

@@ -7,8 +7,12 @@ from typing import Any
 import pytest
 import torch
 
+from model import Mixtral
 from model.classify import Classifier
-from model.errors import CheckpointError, ConfigError, ModelError, PromptError
+from model.config import MixtralConfig
+from model.errors import CheckpointError, ConfigError, PromptError
+from model.quantized_copy import save_quantized
+from model.weights import Checkpoint
 from tests.fakes import small_config
 from tests.reference import pad_left, save_reference
 
@@ -58,6 +62,16 @@ def test_logits_and_labels_equal_transformers(
         assert list(result.labels) == [LABELS[int(i)] for i in expected.argmax(-1)]
 
 
+def test_a_quantised_copy_classifies_too(tmp_path: Path) -> None:
+    source, copy = tmp_path / "source", tmp_path / "copy"
+    save_classifier(source)
+    save_quantized(Checkpoint(source), copy, "int8")
+    logits_SC = Classifier.load(source).classify(SEQUENCES).logits_SC
+    quantised_SC = Classifier.load(copy).classify(SEQUENCES).logits_SC
+    assert 0 < (quantised_SC - logits_SC).abs().max() < 0.1
+    assert MixtralConfig.from_folder(copy) == MixtralConfig.from_folder(source)
+
+
 def test_padding_at_the_end_needs_no_mask(tmp_path: Path) -> None:
     save_classifier(tmp_path)
     classifier = Classifier.load(tmp_path)
@@ -96,11 +110,13 @@ def test_what_cannot_be_classified_is_refused(tmp_path: Path) -> None:
 def test_a_checkpoint_without_a_fitting_score_head_is_refused(
     tmp_path: Path, tiny_folder: Path
 ) -> None:
-    with pytest.raises(ModelError):
+    with pytest.raises(ConfigError, match="no score head"):
         Classifier.load(tiny_folder)
     with pytest.raises(ConfigError, match="does not exist"):
         Classifier.load(tmp_path)
     save_classifier(tmp_path)
+    with pytest.raises(ConfigError, match="sequence classifier"):
+        Mixtral.load(tmp_path)
     config_file = tmp_path / "config.json"
     config = json.loads(config_file.read_text())
     config_file.write_text(json.dumps(config | {"id2label": {"0": "bad", "1": "good"}}))

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from cluster import errors
 from cluster.client import Client, Stream
 from cluster.client.request import settings
-from cluster.schema import ChatCompletion, Completion
+from cluster.schema import ChatCompletion, Classification, Completion
 
 Handler = Callable[[httpx.Request], httpx.Response]
 
@@ -33,6 +33,13 @@ CHAT = {
     "created": 1,
     "model": "tiny",
     "choices": [{"index": 0, "message": {"role": "assistant", "content": "Yes."}}],
+}
+CLASSIFICATION = {
+    "id": "classify-1",
+    "created": 1,
+    "model": "tiny",
+    "data": [{"index": 0, "label": "good", "probs": [0.25, 0.75], "num_classes": 2}],
+    "usage": {"prompt_tokens": 3, "completion_tokens": 0, "total_tokens": 3},
 }
 MODEL = {"id": "tiny", "created": 1, "max_model_len": 512}
 READINESS = {
@@ -144,6 +151,22 @@ def test_given_parameters_are_sent_as_they_are() -> None:
     server.client().completions.create(**given)
     assert server.body == given
     assert server.requests[0].headers["content-type"] == "application/json"
+
+
+def test_classify_sends_its_inputs_and_returns_what_was_found() -> None:
+    server = Server(httpx.Response(200, json=CLASSIFICATION))
+    reply = server.client().classify(input="a")
+    assert server.body == {"input": "a"}
+    assert (server.requests[0].method, server.requests[0].url.path) == ("POST", "/v1/classify")
+    assert isinstance(reply, Classification)
+    assert (reply.data[0].label, reply.data[0].probs) == ("good", [0.25, 0.75])
+    server.client().classify(input=[[1, 2]], model="tiny", use_activation=False, user="u")
+    assert server.body == {
+        "input": [[1, 2]],
+        "model": "tiny",
+        "use_activation": False,
+        "user": "u",
+    }
 
 
 def test_unknown_parameters_travel_even_as_null() -> None:

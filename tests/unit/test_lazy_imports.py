@@ -12,8 +12,8 @@ import model
 
 TEXT_ONLY = """
 import importlib, sys
-for name in ("model", "model.errors", "model.config", "model.sampling_params", "model.tokenizer",
-             "model.chat"):
+for name in ("model", "model.errors", "model.config", "model.labels", "model.sampling_params",
+             "model.tokenizer", "model.chat"):
     importlib.import_module(name)
     heavy = {"torch", "ray", "grpc", "transformers", "fastapi"} & set(sys.modules)
     assert not heavy, f"importing {name} imports {heavy}"

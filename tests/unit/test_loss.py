@@ -1,21 +1,17 @@
 """The losses are transformers' and behave as their papers say."""
 
-import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.errors import ConfigError, PromptError
+from model.errors import PromptError
 from model.loss import (
-    DEFAULT_AUX_LOSS_COEF,
     IGNORED,
     load_balancing_loss,
     next_token_loss,
-    read_aux_loss_coef,
 )
 
 
@@ -63,14 +59,3 @@ def test_labels_that_do_not_fit_are_refused() -> None:
     for label in (4, -1):
         with pytest.raises(PromptError, match=f"label {label} is out of vocabulary"):
             next_token_loss(torch.zeros(2, 4), [[0, label]])
-
-
-def test_the_weight_of_the_balance_is_the_checkpoints(tmp_path: Path, tiny_folder: Path) -> None:
-    assert read_aux_loss_coef(tiny_folder) == 0.02
-    assert read_aux_loss_coef(tmp_path) == DEFAULT_AUX_LOSS_COEF
-    for value in ("much", -1, True):
-        (tmp_path / "config.json").write_text(json.dumps({"router_aux_loss_coef": value}))
-        with pytest.raises(ConfigError, match="router_aux_loss_coef"):
-            read_aux_loss_coef(tmp_path)
-    (tmp_path / "config.json").write_text("{}")
-    assert read_aux_loss_coef(tmp_path) == DEFAULT_AUX_LOSS_COEF

@@ -20,6 +20,7 @@ from model.weights import Checkpoint
 from tests.fakes import random_tensors, small_config, write_checkpoint
 
 CONFIG = small_config()
+CLASSIFIES: dict[str, Any] = {"architectures": ["MixtralForSequenceClassification"]}
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 W2 = "model.layers.0.block_sparse_moe.experts.3.w2.weight"
 
@@ -48,11 +49,14 @@ def test_what_a_file_leaves_out_is_mixtral_8x7bs() -> None:
 
     ours, theirs = MixtralConfig.from_dict({"model_type": "mixtral"}), Reference()
     shared = {field.name for field in fields(ours)} - {"head_dim", "rope_theta", "dtype"}
-    for name in shared - {"eos_token_ids"}:
+    for name in shared - {"eos_token_ids", "labels"}:
         assert getattr(ours, name) == getattr(theirs, name), name
     assert ours.head_dim == theirs.hidden_size // theirs.num_attention_heads
     assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
     assert ours.eos_token_ids == (theirs.eos_token_id,)
+    assert ours.labels is None
+    classifier = MixtralConfig.from_dict({"model_type": "mixtral"} | CLASSIFIES)
+    assert classifier.labels == tuple(theirs.id2label.values())
 
 
 def test_heads_share_the_hidden_size_unless_told_otherwise() -> None:
@@ -97,6 +101,11 @@ def test_what_transformers_writes_is_read_as_it_was_meant(tmp_path: Path) -> Non
         num_attention_heads=4,
         num_key_value_heads=2,
         sliding_window=5,
+        pad_token_id=3,
+        router_aux_loss_coef=0.02,
+        id2label={0: "bad", 1: "so-so", 2: "good"},
+        problem_type="single_label_classification",
+        architectures=["MixtralForSequenceClassification"],
         tie_word_embeddings=True,
         rope_parameters={"rope_type": "default", "rope_theta": 5e4},
     )
@@ -104,6 +113,35 @@ def test_what_transformers_writes_is_read_as_it_was_meant(tmp_path: Path) -> Non
     ours = MixtralConfig.from_folder(tmp_path)
     assert (ours.num_key_value_heads, ours.head_dim) == (2, 4)
     assert (ours.sliding_window, ours.tie_word_embeddings, ours.rope_theta) == (5, True, 5e4)
+    assert (ours.pad_token_id, ours.router_aux_loss_coef) == (3, 0.02)
+    assert ours.labels == ("bad", "so-so", "good")
+    assert ours.problem_type == "single_label_classification"
+
+
+def test_only_a_classifier_has_labels() -> None:
+    named = small_config(id2label={"1": "good", "0": "bad"}, num_labels=7)
+    assert MixtralConfig.from_dict(named).labels is None
+    assert MixtralConfig.from_dict(named | CLASSIFIES).labels == ("bad", "good")
+    counted = small_config(num_labels=3, **CLASSIFIES)
+    assert MixtralConfig.from_dict(counted).labels == ("LABEL_0", "LABEL_1", "LABEL_2")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("id2label", {}),
+        ("id2label", {"1": "bad", "2": "good"}),
+        ("id2label", ["bad", "good"]),
+        ("num_labels", 0),
+        ("num_labels", 2.0),
+        ("num_labels", "two"),
+        ("num_labels", 10**12),
+        ("problem_type", "ranking"),
+    ],
+)
+def test_labels_that_make_no_sense_are_refused_by_name(field: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=field):
+        MixtralConfig.from_dict(small_config(**{field: value}, **CLASSIFIES))
 
 
 def test_unknown_keys_and_nulls_change_nothing() -> None:
@@ -189,6 +227,13 @@ def test_what_cannot_be_served_is_refused_by_name(changes: dict[str, Any], named
         ("eos_token_id", [2, None]),
         ("eos_token_id", -1),
         ("eos_token_id", []),
+        ("pad_token_id", "<pad>"),
+        ("pad_token_id", -2),
+        ("pad_token_id", True),
+        ("router_aux_loss_coef", "much"),
+        ("router_aux_loss_coef", -1),
+        ("router_aux_loss_coef", True),
+        ("router_aux_loss_coef", float("inf")),
     ],
 )
 def test_a_value_of_the_wrong_kind_is_refused_by_name(field: str, value: Any) -> None:
@@ -242,6 +287,32 @@ def test_tied_embeddings_need_no_head(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, config, random_tensors(config))
     decoder = Checkpoint(folder).load_decoder()
     assert decoder.lm_head_VD is decoder.embedding_VD
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_classifiers_head_is_its_score_head(
+    tmp_path: Path, tensors: dict[str, Tensor], tied: bool
+) -> None:
+    config = small_config(num_labels=3, tie_word_embeddings=tied, **CLASSIFIES)
+    del tensors["lm_head.weight"]
+    tensors["score.weight"] = torch.randn(3, 16)
+    checkpoint = Checkpoint(write_checkpoint(tmp_path, config, tensors))
+    assert checkpoint.load_decoder().lm_head_VD.equal(tensors["score.weight"])
+
+
+def test_the_head_must_be_the_one_that_the_architecture_has(
+    tmp_path: Path, tensors: dict[str, Tensor]
+) -> None:
+    """Both in one file, none at all, and a classifier's weights under a generator's name."""
+    classifier = small_config(**CLASSIFIES)
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight is a tensor that"):
+        Checkpoint(write_checkpoint(tmp_path, classifier, tensors)).load_decoder()
+    del tensors["lm_head.weight"]
+    with pytest.raises(CheckpointError, match=r"no tensor score\.weight"):
+        Checkpoint(write_checkpoint(tmp_path, classifier, tensors)).load_decoder()
+    tensors["score.weight"] = torch.randn(2, 16)
+    with pytest.raises(CheckpointError, match=r"score\.weight .* MixtralForSequenceClass"):
+        Checkpoint(write_checkpoint(tmp_path, CONFIG, tensors)).load_decoder()
 
 
 def test_a_worker_loads_its_experts_from_their_files_alone(
