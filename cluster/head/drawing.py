@@ -14,45 +14,93 @@ from itertools import accumulate
 from torch import Tensor
 
 from cluster.head.classification import Classification
+from cluster.head.masks import GrammarMasks
 from cluster.head.scheduler import Chunk
-from model.sampler import History, sample
+from model.errors import GrammarError
+from model.logprobs import prompt_logprobs
+from model.sampler import NOTHING_ALLOWED, sample
+from model.sampling_params import TokenLogprobs
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Drawn:
-    """The new tokens of one chunk, which its sequence has been given too."""
+    """What a step brought to one chunk; its sequence has been given it too."""
 
     chunk: Chunk
     token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """Of token_ids, where they are asked for."""
     scores: tuple[float, ...] = ()
     """Of a classification, which gets no tokens."""
+    error: str | None = None
+    """Why no token can be drawn."""
 
 
-def draw(chunks: Many[Chunk], logits_LV: Tensor) -> list[Drawn]:
+def draw(
+    chunks: Many[Chunk], logits_LV: Tensor, grammars: GrammarMasks | None = None
+) -> list[Drawn]:
     """New tokens for each chunk that samples, at least one; appends them to the sequences.
 
     logits_LV: of each chunk's last rows, in order.
+    grammars:  needed where a sequence has one.
     """
     firsts = _first_rows(chunks)
     drawn = [Drawn(chunk) for chunk in chunks if chunk.samples]
-    alive = [(one, firsts[one.chunk]) for one in drawn]
+    alive = [
+        (one, firsts[one.chunk] + one.chunk.num_logits - 1 - len(one.chunk.drafts)) for one in drawn
+    ]
     while alive:
         rows = [row for _, row in alive]
         sequences = [one.chunk.sequence for one, _ in alive]
-        token_ids = sample(
+        masks, problems = grammars.of(sequences) if grammars else ({}, {})
+        sampled = sample(
             logits_LV if len(rows) == len(logits_LV) else logits_LV[rows],
-            [sequence.params for sequence in sequences],
-            [len(sequence.token_ids) for sequence in sequences],
-            [History(sequence.token_ids, len(sequence.prompt_ids)) for sequence in sequences],
+            [sequence.row for sequence in sequences],
+            masks,
         )
         still_alive = []
-        for (one, row), token_id in zip(alive, token_ids, strict=True):
-            one.token_ids.append(token_id)
-            one.chunk.sequence.append(token_id)
-            if _holds(one) and not one.chunk.sequence.finish:
+        for i, (one, row) in enumerate(alive):
+            token_id = sampled.token_ids[i]
+            if i in problems or token_id is None:
+                one.error = problems.get(i, NOTHING_ALLOWED)
+                continue
+            _give(one, token_id, sampled.logprobs[i])
+            if one.error is None and _holds(one) and not sequences[i].finish:
                 still_alive.append((one, row + 1))
         alive = still_alive
     return drawn
+
+
+def _give(one: Drawn, token_id: int, logprobs: TokenLogprobs | None) -> None:
+    try:
+        one.chunk.sequence.append(token_id)
+    except GrammarError as error:
+        one.error = str(error)
+        return
+    one.token_ids.append(token_id)
+    if logprobs:
+        one.logprobs.append(logprobs)
+
+
+def keep_prompt_logprobs(chunks: Many[Chunk], logits_LV: Tensor) -> None:
+    """Give each sequence that wants them the log-probabilities of the prompt's tokens that follow
+    those which this step has computed.
+    """
+    firsts = _first_rows(chunks)
+    for chunk in chunks:
+        sequence = chunk.sequence
+        num_top = sequence.params.prompt_logprobs
+        if num_top is None or not chunk.computes_prompt_logprobs:
+            continue
+        # one that was preempted computes some of them again
+        done = 1 + len(sequence.prompt_logprobs)
+        start = sequence.num_computed
+        end = min(start + chunk.num_tokens, len(sequence.prompt_ids) - 1)
+        next_ids = sequence.prompt_ids[done : end + 1]
+        first = firsts[chunk] + done - 1 - start
+        sequence.prompt_logprobs += prompt_logprobs(
+            logits_LV[first : first + len(next_ids)], next_ids, num_top
+        )
 
 
 def score(chunks: Many[Chunk], logits_LV: Tensor) -> list[Drawn]:

@@ -9,7 +9,7 @@ import queue
 import time
 from collections import defaultdict
 from collections.abc import Sequence as Many
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -17,15 +17,18 @@ from torch import Tensor
 
 from cluster.errors import RequestError
 from cluster.head.classification import Classification
-from cluster.head.drawing import Drawn, broken_chunks, draw, score
+from cluster.head.drawing import Drawn, broken_chunks, draw, keep_prompt_logprobs, score
+from cluster.head.masks import GrammarMasks
 from cluster.head.scheduler import Chunk, Scheduler, Step
 from cluster.head.sequence import Finish, Sequence
 from cluster.metrics import HeadMetrics, StepStats
 from model.batch import Batch, build_batch
 from model.decoder import Decoder
+from model.errors import SamplingError
 from model.experts import Experts, PendingRows
 from model.kv_cache import KVCache
 from model.router import Routing
+from model.sampling_params import TokenLogprobs
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +41,8 @@ class Event:
     """News of one request: new tokens, its end, or its failure.
 
     scores:     of a classified prompt, one for each label; it has ended.
+    logprobs:   of token_ids, where they are asked for.
+    prompt_logprobs: of the prompt from its second token on, with the first tokens.
     num_reused: with the first tokens, how many of the prompt's were not computed for this request.
     error:      the request failed and has ended; `is_refusal` says that it never could have worked.
     """
@@ -46,6 +51,8 @@ class Event:
     token_ids: tuple[int, ...] = ()
     finish: Finish | None = None
     scores: tuple[float, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     num_reused: int | None = None
     error: str | None = None
     is_refusal: bool = False
@@ -117,13 +124,16 @@ class Engine:
         metrics: HeadMetrics,
         *,
         max_model_len: int,
+        grammars: GrammarMasks | None = None,
     ) -> None:
+        """grammars: needed for sequences that have one."""
         self._decoder = decoder
         self._cache = cache
         self._scheduler = scheduler
         self._experts = experts
         self._metrics = metrics
         self._max_model_len = max_model_len
+        self._grammars = grammars
         self._inbox: queue.SimpleQueue[_Submit | _Abort | _Stop] = queue.SimpleQueue()
         self._requests: dict[tuple[Outbox, RequestKey], Sequence] = {}
         self._addresses: dict[Sequence, tuple[Outbox, RequestKey]] = {}
@@ -205,6 +215,10 @@ class Engine:
                 f"{sequence.max_len - len(sequence.prompt_ids)} new ones exceed the context of "
                 f"{self._max_model_len} tokens",
             )
+        try:
+            sequence.params.check_vocabulary(vocab_size)
+        except SamplingError as error:
+            raise RequestError(400, str(error)) from error
         if not self._scheduler.can_ever_fit(sequence):
             raise RequestError(
                 400, f"{sequence.max_len} tokens do not fit into the KV cache; raise kv_cache_bytes"
@@ -217,6 +231,8 @@ class Engine:
         chunks = step.chunks
         try:
             batch = self._prepare(step)
+            if self._grammars:
+                self._grammars.begin([chunk.sequence for chunk in chunks if chunk.samples])
             built = time.perf_counter()
             logits_LV = self._decoder.forward(batch, self._cache, timed)
             computed = time.perf_counter()
@@ -224,8 +240,11 @@ class Engine:
             if broken:
                 logits_LV = self._without(broken, chunks, logits_LV)
                 chunks = [chunk for chunk in chunks if chunk not in broken]
-            is_classifier = self._decoder.config.labels is not None
-            drawn = (score if is_classifier else draw)(chunks, logits_LV)
+            if self._decoder.config.labels is not None:
+                drawn = score(chunks, logits_LV)
+            else:
+                keep_prompt_logprobs(chunks, logits_LV)
+                drawn = draw(chunks, logits_LV, self._grammars)
             sampled = time.perf_counter()
         except Exception as error:
             # These sequences are lost, whatever it was; the others and the engine go on.
@@ -233,7 +252,10 @@ class Engine:
             self._fail([chunk.sequence for chunk in chunks], f"{type(error).__name__}: {error}")
             return
         self._scheduler.commit(chunks)
-        self._publish(drawn)
+        self._publish([one for one in drawn if one.error is None])
+        for one in drawn:
+            if one.error is not None:
+                self._fail([one.chunk.sequence], one.error)
         ended = time.perf_counter()
         self._metrics.observe(
             StepStats(
@@ -282,14 +304,19 @@ class Engine:
         for one in drawn:
             sequence = one.chunk.sequence
             outbox, key = self._addresses[sequence]
-            is_first = sequence.num_emitted == len(one.token_ids)
             event = Event(
                 key,
                 token_ids=tuple(one.token_ids),
                 finish=sequence.finish,
                 scores=one.scores,
-                num_reused=sequence.num_reused if is_first else None,
+                logprobs=tuple(one.logprobs),
             )
+            if one.token_ids and sequence.num_emitted == len(one.token_ids):
+                event = replace(
+                    event,
+                    prompt_logprobs=tuple(sequence.prompt_logprobs),
+                    num_reused=sequence.num_reused,
+                )
             by_outbox[outbox].append(event)
             if sequence.finish:
                 self._forget(sequence)

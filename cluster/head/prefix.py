@@ -58,8 +58,8 @@ class PrefixCache:
 
         At least one token is left to compute, whose logits are wanted.
         """
-        if sequence.wants_prompt_logprobs:
-            return NOTHING
+        if sequence.params.prompt_logprobs is not None:
+            return NOTHING  # all of the prompt's logits are wanted
         size = self._pool.block_size
         num_known = len(sequence.token_ids)
         keys = self._keys(sequence)

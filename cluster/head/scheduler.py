@@ -37,7 +37,16 @@ class Chunk:
     @property
     def num_logits(self) -> int:
         """How many of its last tokens' logits are wanted."""
+        if self.computes_prompt_logprobs:
+            return self.num_tokens
         return 1 + len(self.drafts) if self.samples else 0
+
+    @property
+    def computes_prompt_logprobs(self) -> bool:
+        """Whether it computes tokens of a prompt whose log-probabilities are wanted."""
+        sequence = self.sequence
+        wants = sequence.params.prompt_logprobs is not None
+        return wants and sequence.num_computed < len(sequence.prompt_ids)
 
     def span(self) -> Span:
         """The same for the model."""
@@ -256,7 +265,8 @@ class Scheduler:
         for chunk in chunks:
             sequence = chunk.sequence
             drafts: tuple[int, ...] = ()
-            if chunk.samples and sequence.drafter and budget:
+            may_draft = chunk.samples and not chunk.computes_prompt_logprobs
+            if may_draft and sequence.drafter and budget:
                 limit = min(budget, sequence.params.max_tokens - sequence.num_emitted - 1)
                 drafts = sequence.drafter.propose(sequence.token_ids, limit)
                 end = sequence.num_computed + chunk.num_tokens + len(drafts)

@@ -1,12 +1,15 @@
 """One request inside a head: what is known, what is computed, when it ends. Plain data."""
 
+from collections.abc import Iterable
 from collections.abc import Sequence as Ids
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from cluster.head.drafts import LookupDrafter
 from model.blocks import BlockTable, Key
-from model.sampling_params import SamplingParams
+from model.grammar import GrammarMatcher
+from model.row import Row
+from model.sampling_params import SamplingParams, TokenLogprobs
 
 Finish = Literal["stop", "length"]
 
@@ -32,8 +35,14 @@ class Sequence:
 
     drafter: LookupDrafter | None = None
     """Guesses its next tokens, where the request wants that."""
+    matcher: GrammarMatcher | None = None
+    """Its place in a grammar, where the answer must have a form."""
 
     token_ids: list[int] = field(init=False)
+    row: Row = field(init=False, repr=False)
+    """The same for the sampler."""
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list, repr=False)
+    """Of the prompt's tokens from the second on, as far as they are computed, where wanted."""
     num_computed: int = 0
     table: BlockTable = field(init=False, repr=False)
     """While it runs."""
@@ -48,6 +57,7 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_ids)
+        self.row = Row(self.params, self.token_ids, len(self.token_ids))
 
     @property
     def max_len(self) -> int:
@@ -62,13 +72,20 @@ class Sequence:
     def num_emitted(self) -> int:
         return len(self.token_ids) - len(self.prompt_ids)
 
-    def append(self, token_id: int) -> None:
-        """One more token, which is known but not computed."""
-        self.token_ids.append(token_id)
+    def follow(self, matcher: GrammarMatcher, end_ids: Iterable[int]) -> None:
+        """Let the answer have a form, before anything is emitted. It then ends where the form may
+        end, with one of end_ids, whatever else ends it.
+        """
+        stop_token_ids = tuple(sorted({*self.params.stop_token_ids, *end_ids}))
+        self.params = replace(self.params, stop_token_ids=stop_token_ids)
+        self.row = Row(self.params, self.token_ids, len(self.prompt_ids))
+        self.matcher = matcher
 
-    @property
-    def wants_prompt_logprobs(self) -> bool:
-        return False
+    def append(self, token_id: int) -> None:
+        """One more token, known but not computed. Raises GrammarError if it must not come."""
+        if self.matcher:
+            self.matcher.accept(token_id)
+        self.token_ids.append(token_id)
 
     @property
     def finish(self) -> Finish | None:

@@ -6,51 +6,95 @@ Token ids only; no text. Threads: two per ingress, one that reads its stream and
 import logging
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Many
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 
 from cluster import rpc
-from cluster.head.classification import Classification
 from cluster.head.engine import Engine, Event
+from cluster.head.messages import to_sequence, to_spec, to_step_events
 from cluster.head.sequence import Sequence
 from cluster.metrics import HeadMetrics
-from model.errors import SamplingError
-from model.sampling_params import SamplingParams
+from model.errors import GrammarError, SamplingError
+from model.grammar import GrammarCompiler
+from model.grammar_spec import GrammarSpec
 from protos import head_pb2, head_pb2_grpc, peer_pb2
 
 logger = logging.getLogger(__name__)
 
-_FINISH = {
-    None: head_pb2.FINISH_NONE,
-    "stop": head_pb2.FINISH_STOP,
-    "length": head_pb2.FINISH_LENGTH,
-}
+_COMPILING_THREADS = 2
+"""Grammars compiled at once: a costly one must not keep a cheap one waiting."""
 
 
 class StreamOutbox:
-    """Events on their way to one ingress. The engine puts, the stream's thread iterates."""
+    """Events on their way to one ingress. The engine puts, the stream's thread iterates.
+
+    The messages are built by the iterating thread, beside the engine's next step.
+    """
 
     def __init__(self) -> None:
-        self._messages: queue.SimpleQueue[head_pb2.StepEvents | None] = queue.SimpleQueue()
+        self._batches: queue.SimpleQueue[Many[Event] | None] = queue.SimpleQueue()
 
     def put(self, events: Many[Event]) -> None:
-        self._messages.put(head_pb2.StepEvents(events=[_to_proto(event) for event in events]))
+        self._batches.put(events)
 
     def close(self) -> None:
         """End the iteration."""
-        self._messages.put(None)
+        self._batches.put(None)
 
     def __iter__(self) -> Iterator[head_pb2.StepEvents]:
-        return iter(self._messages.get, None)
+        return map(to_step_events, iter(self._batches.get, None))
+
+
+class _Compiling:
+    """Requests of one ingress whose grammars are being compiled; some are aborted before that ends.
+
+    Touched by the ingress's reader and the compiling threads.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._request_ids: set[int] = set()
+
+    def begin(self, request_id: int) -> None:
+        with self._lock:
+            self._request_ids.add(request_id)
+
+    def end(self, request_id: int, submit: Callable[[], None]) -> None:
+        """Submit a request that is still wanted; under the lock, so that an abort comes after."""
+        with self._lock:
+            if request_id in self._request_ids:
+                self._request_ids.remove(request_id)
+                submit()
+
+    def abort(self, request_id: int) -> bool:
+        """Whether it was being compiled, and will not be submitted."""
+        with self._lock:
+            was_here = request_id in self._request_ids
+            self._request_ids.discard(request_id)
+            return was_here
+
+    def clear(self) -> None:
+        with self._lock:
+            self._request_ids.clear()
 
 
 class HeadService(head_pb2_grpc.HeadServicer):
     """Answers ingresses."""
 
-    def __init__(self, engine: Engine, identity: rpc.Identity, metrics: HeadMetrics) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        identity: rpc.Identity,
+        metrics: HeadMetrics,
+        grammars: GrammarCompiler | None = None,
+    ) -> None:
+        """grammars: None where answers cannot be given a form."""
         self._engine = engine
+        self._grammars = grammars
+        self._compilers = ThreadPoolExecutor(_COMPILING_THREADS, thread_name_prefix="grammars")
         self._identity = identity
         self._metrics = metrics
 
@@ -68,79 +112,87 @@ class HeadService(head_pb2_grpc.HeadServicer):
         self, requests: Iterator[head_pb2.HeadRequest], context: grpc.ServicerContext
     ) -> Iterator[head_pb2.StepEvents]:
         peer = context.peer()
-        outbox = StreamOutbox()
+        outbox, compiling = StreamOutbox(), _Compiling()
         if not context.add_callback(outbox.close):
             return
         reader = threading.Thread(
-            target=self._read, args=(requests, outbox, peer), name="ingress reader", daemon=True
+            target=self._read,
+            args=(requests, outbox, compiling, peer),
+            name="ingress reader",
+            daemon=True,
         )
         reader.start()
         logger.info("%s: ingress %s connected", self._identity.name, peer)
         try:
             yield from outbox
         finally:
+            compiling.clear()
             self._engine.abort(outbox)
             logger.info("%s: ingress %s is gone", self._identity.name, peer)
 
     def _read(
-        self, requests: Iterator[head_pb2.HeadRequest], outbox: StreamOutbox, peer: str
+        self,
+        requests: Iterator[head_pb2.HeadRequest],
+        outbox: StreamOutbox,
+        compiling: _Compiling,
+        peer: str,
     ) -> None:
         try:
             for request in requests:
-                self._take(request, outbox)
+                self._take(request, outbox, compiling)
         except grpc.RpcError:
             logger.info("%s: ingress %s hung up", self._identity.name, peer)
         outbox.close()
 
-    def _take(self, request: head_pb2.HeadRequest, outbox: StreamOutbox) -> None:
+    def _take(
+        self, request: head_pb2.HeadRequest, outbox: StreamOutbox, compiling: _Compiling
+    ) -> None:
         match request.WhichOneof("action"):
             case "submit":
-                submit = request.submit
-                try:
-                    sequence = _sequence(submit)
-                except SamplingError as error:
-                    outbox.put([Event(submit.request_id, error=str(error), is_refusal=True)])
-                    return
-                self._engine.submit(outbox, submit.request_id, sequence)
+                self._submit(request.submit, outbox, compiling)
             case "abort":
-                self._engine.abort(outbox, request.abort.request_id)
+                if not compiling.abort(request.abort.request_id):
+                    self._engine.abort(outbox, request.abort.request_id)
             case None:
                 logger.warning("%s: an empty request was ignored", self._identity.name)
 
+    def _submit(self, submit: head_pb2.Submit, outbox: StreamOutbox, compiling: _Compiling) -> None:
+        request_id = submit.request_id
+        try:
+            sequence, spec = to_sequence(submit), to_spec(submit)
+            if spec and self._grammars is None:
+                raise GrammarError("this model's answers cannot be given a form")
+        except (SamplingError, GrammarError) as error:
+            outbox.put([Event(request_id, error=str(error), is_refusal=True)])
+            return
+        if spec is None:
+            self._engine.submit(outbox, request_id, sequence)
+        else:
+            compiling.begin(request_id)
+            self._compilers.submit(
+                self._submit_with_grammar, request_id, sequence, spec, outbox, compiling
+            )
 
-def _sequence(submit: head_pb2.Submit) -> Sequence:
-    """Raises SamplingError."""
-    if submit.WhichOneof("task") == "classify":
-        return Classification(list(submit.token_ids))
-    return Sequence(list(submit.token_ids), _params(submit.params))
-
-
-def _params(params: head_pb2.SamplingParams) -> SamplingParams:
-    """Raises SamplingError."""
-    return SamplingParams(
-        max_tokens=params.max_tokens,
-        temperature=params.temperature,
-        top_k=params.top_k,
-        top_p=params.top_p,
-        seed=params.seed,
-        choice=params.choice,
-        stop_token_ids=tuple(params.stop_token_ids),
-        min_tokens=params.min_tokens,
-        repetition_penalty=params.repetition_penalty,
-        min_p=params.min_p,
-        typical_p=params.typical_p,
-    )
-
-
-def _to_proto(event: Event) -> head_pb2.SequenceEvent:
-    if event.error is None:
-        finish = _FINISH[event.finish]
-    else:
-        finish = head_pb2.FINISH_INVALID if event.is_refusal else head_pb2.FINISH_ERROR
-    return head_pb2.SequenceEvent(
-        request_id=event.key,
-        token_ids=event.token_ids,
-        finish=finish,
-        error=event.error or "",
-        scores=event.scores,
-    )
+    def _submit_with_grammar(
+        self,
+        request_id: int,
+        sequence: Sequence,
+        spec: GrammarSpec,
+        outbox: StreamOutbox,
+        compiling: _Compiling,
+    ) -> None:
+        """Compile first, which may take seconds; nobody else waits for it."""
+        assert self._grammars is not None, "checked by _submit"
+        refusal = ""
+        try:
+            sequence.follow(self._grammars.compile(spec).matcher(), self._grammars.end_ids)
+        except GrammarError as error:
+            refusal = str(error)
+        except Exception as error:
+            logger.exception("%s: a grammar could not be compiled", self._identity.name)
+            refusal = f"the grammar could not be compiled: {type(error).__name__}: {error}"
+        if refusal:
+            event = Event(request_id, error=refusal, is_refusal=True)
+            compiling.end(request_id, lambda: outbox.put([event]))
+        else:
+            compiling.end(request_id, lambda: self._engine.submit(outbox, request_id, sequence))

@@ -9,7 +9,7 @@ from cluster.head.classification import Classification
 from cluster.head.engine import Event
 from cluster.head.probe import pass_through_every_expert
 from cluster.head.sequence import Sequence
-from cluster.head.service import _sequence, _to_proto
+from cluster.head.messages import to_sequence, to_step_events
 from model import Mixtral
 from model.classify import Classifier
 from model.decoder import Decoder
@@ -128,10 +128,10 @@ def test_the_probe_of_a_classifier_goes_through_every_expert(classifier: Classif
 
 def test_the_contract_carries_the_task_down_and_the_scores_up() -> None:
     asked = head_pb2.Submit(token_ids=[1, 5], classify=head_pb2.Classify())
-    sequence = _sequence(head_pb2.Submit.FromString(asked.SerializeToString()))
+    sequence = to_sequence(head_pb2.Submit.FromString(asked.SerializeToString()))
     assert isinstance(sequence, Classification)
     assert sequence.token_ids == [1, 5]
-    sent = _to_proto(Event(7, scores=(0.5, -2.0), finish="stop"))
+    (sent,) = to_step_events([Event(7, scores=(0.5, -2.0), finish="stop")]).events
     news = head_pb2.SequenceEvent.FromString(sent.SerializeToString())
     assert list(news.scores) == [0.5, -2.0]
     assert (news.request_id, news.finish, list(news.token_ids)) == (7, head_pb2.FINISH_STOP, [])
