@@ -6,7 +6,8 @@ ModelError
 ├── QuantizationError an unknown mode, or one whose library is missing
 ├── TokenizerError    the tokenizer file is missing or unreadable
 ├── PromptError       a prompt or conversation that cannot be turned into token ids
-└── SamplingError     a sampling parameter out of its range
+├── SamplingError     a sampling parameter out of its range
+└── GrammarError      a grammar that is wrong or too big, or a token that it does not allow
 """
 
 
@@ -40,3 +41,7 @@ class SamplingError(ModelError, ValueError):
     def __init__(self, field: str, message: str) -> None:
         super().__init__(message)
         self.field = field
+
+
+class GrammarError(ModelError, ValueError):
+    """A grammar is wrong or too big, or a token does not fit it. One line, fit for a caller."""

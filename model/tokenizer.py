@@ -34,6 +34,8 @@ class _Vocabulary:
     """UTF-8 bytes that each piece stands for; empty for control tokens."""
     bos_id: int
     eos_id: int
+    special_ids: frozenset[int]
+    """Control tokens and the unknown token."""
     encode: Callable[[str], list[int]]
     """Ids of a text alone; control tokens are never looked for in it."""
 
@@ -57,6 +59,8 @@ class Tokenizer:
         self.vocab_size: int = len(vocabulary.pieces)
         self.bos_id: int = vocabulary.bos_id
         self.eos_id: int = vocabulary.eos_id
+        self.special_ids: frozenset[int] = vocabulary.special_ids
+        """Ids that stand for no text of their own: control tokens and the unknown token."""
         self.longest_piece: int = max(len(piece) for piece in vocabulary.pieces)
         """Characters of the longest piece: no text has fewer tokens than its length over this."""
         self._word_starts = frozenset(
@@ -161,6 +165,7 @@ def _read_sentencepiece(file: Path) -> _Vocabulary:
         piece_bytes=tuple(map(bytes_of, ids)),
         bos_id=model.bos_id(),
         eos_id=model.eos_id(),
+        special_ids=frozenset(i for i in ids if model.is_control(i) or model.is_unknown(i)),
         encode=model.encode,
     )
 
@@ -209,7 +214,8 @@ def _read_tokenizer_json(file: Path) -> _Vocabulary:
         ids: list[int] = encoder.encode(text, add_special_tokens=False).ids
         return ids
 
-    return _Vocabulary(pieces, tuple(map(bytes_of, pieces)), bos_id, eos_id, encode)
+    special_ids = frozenset(id_of[piece] for piece in {unknown, *special} if piece in id_of)
+    return _Vocabulary(pieces, tuple(map(bytes_of, pieces)), bos_id, eos_id, special_ids, encode)
 
 
 def _spaces_as_in_sentencepiece(content: dict[str, Any]) -> dict[str, Any]:
