@@ -65,8 +65,10 @@ class ServeConfig(BaseModel):
     """Prompt and completion together, tokens. None: what the model was made for."""
     block_size: int = Field(default=16, ge=1)
     """Tokens per block of the KV cache. Smaller wastes less, larger costs fewer look-ups."""
-    kv_cache_bytes: int = Field(default=1 * GIB, ge=1)
-    """Bytes of KV cache per head, at most; never more than max_running_sequences can fill."""
+    kv_cache_bytes: int | None = Field(default=1 * GIB, ge=1)
+    """Bytes of KV cache per head, at most; never more than twice what max_running_sequences can
+    fill. None: by the memory that is free when the workers are loaded, nine tenths of a GPU's or a
+    quarter of a machine's."""
     max_running_sequences: int = Field(default=64, ge=1)
     """Sequences in one step of a head, at most."""
     max_tokens_per_step: int = Field(default=512, ge=1)

@@ -1,7 +1,8 @@
 """Mixtral's maths as a library: no network, no Ray, no service.
 
-Importing this package, or its submodules `config`, `tokenizer`, `chat`, `sampling_params` and
-`errors`, does not import torch, so that a process which only handles text stays small.
+Importing this package, or its submodules `config`, `tokenizer`, `chat`, `sampling_params`,
+`grammar` and `errors`, does not import torch, so that a process which only handles text stays
+small.
 
     from model import Mixtral
     print(Mixtral.load().generate("Once upon a time", max_tokens=60))

@@ -13,33 +13,23 @@ StreamDecoder does. Only the first token of an answer that does not continue the
 differs: the decoder drops the space that it begins with, so that "▁yes" there means "yes".
 """
 
-import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 from model.errors import GrammarError
 from model.grammar_spec import GrammarSpec, engine_text
+from model.grammar_vocabulary import GrammarVocabulary, one_line
 from model.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
+    from llguidance import LLExecutor, LLMatcher
 
 _STACK_BYTES = 128 << 20
 """Of the thread that compiles: the engine recurses along chains of rules, up to 8 KiB for each.
 Virtual memory; only what a grammar really needs is touched."""
-
-_MAX_LEXER_STATES = 20_000
-"""Of one grammar, over all its sequences; 1 to 2 KiB each."""
-_MAX_GRAMMAR_SIZE = 100_000
-"""Symbols of a grammar's rules."""
-_MAX_ROW_ITEMS = 4_000
-"""Ways in which an answer may go on; 500 optional properties need more than the usual 2,000."""
-_COMPILE_FUEL = 500_000
-"""Steps that may go into regular expressions; a second or two."""
 
 _stack_size_lock = threading.Lock()
 """The stack size of new threads is one setting for the whole process."""
@@ -66,11 +56,11 @@ class GrammarCompiler:
         """end_ids: ids that end an answer, at least one.
         vocab_size: width of the logits, where that is not the tokenizer's.
         num_cached: compiled grammars kept, each up to some 40 MB, mostly far below 1.
-        num_threads: that fill masks at once; one fills about 60,000 rows a second.
+        num_threads: that fill masks at once; a row of 32,000 tokens takes 10 to 70 us.
 
         Raises GrammarError where the vocabulary cannot spell every byte.
         """
-        self._vocabulary = _Vocabulary(tokenizer, end_ids, vocab_size or tokenizer.vocab_size)
+        self._vocabulary = GrammarVocabulary(tokenizer, end_ids, vocab_size or tokenizer.vocab_size)
         self._num_cached = num_cached
         self._num_threads = num_threads
         self._cached: OrderedDict[GrammarSpec, Grammar] = OrderedDict()
@@ -143,7 +133,7 @@ class GrammarCompiler:
 class Grammar:
     """A compiled grammar. Immutable to its users, who share what the engine learns by matching."""
 
-    def __init__(self, spec: GrammarSpec, vocabulary: "_Vocabulary") -> None:
+    def __init__(self, spec: GrammarSpec, vocabulary: GrammarVocabulary) -> None:
         """Raises GrammarError."""
         self.is_worn = False
         """A matcher failed: the shared state may be full or broken. Compile again."""
@@ -244,7 +234,7 @@ class GrammarMatcher:
         if not self.engine.is_error():
             return None
         self._grammar.is_worn = True
-        return GrammarError(f"the grammar is too costly: {_problem(self.engine.get_error())}")
+        return GrammarError(f"the grammar is too costly: {one_line(self.engine.get_error())}")
 
     @property
     def _can_end(self) -> bool:
@@ -263,144 +253,6 @@ class GrammarMatcher:
         failure = self.failure()
         if failure is not None:
             raise failure
-
-
-@dataclass
-class _ByteTokens:
-    """A vocabulary in the form in which the engine takes it."""
-
-    tokens: list[bytes]
-    eos_token_id: int
-    bos_token_id: int | None = None
-    special_token_ids: tuple[int, ...] = ()
-
-    def __call__(self, text: Any) -> list[int]:
-        raise NotImplementedError("grammars with no_forcing never tokenise")
-
-
-class _Vocabulary:
-    """A tokenizer's pieces as the engine wants them. Safe to share between threads."""
-
-    def __init__(self, tokenizer: Tokenizer, end_ids: Sequence[int], vocab_size: int) -> None:
-        assert end_ids, "without an end id no answer could end"
-        self.end_ids = frozenset(end_ids)
-        self.num_words = (vocab_size + 31) // 32
-        not_text = tokenizer.special_ids | self.end_ids
-        pieces = [tokenizer.token_bytes(i) for i in range(min(vocab_size, tokenizer.vocab_size))]
-        self._pieces = [b"" if i in not_text else piece for i, piece in enumerate(pieces)]
-        self._pieces += [b""] * (vocab_size - len(pieces))
-        self._at_start = [
-            piece[1:] if piece and tokenizer.begins_word(i) else piece
-            for i, piece in enumerate(self._pieces)
-        ]
-        self.bare_spaces = [
-            i for i, piece in enumerate(self._pieces) if piece and not self._at_start[i]
-        ]
-        """Tokens that are dropped whole where an answer begins."""
-        id_of = {piece: i for i, piece in enumerate(self._pieces) if len(piece) == 1}
-        missing = [value for value in range(256) if bytes([value]) not in id_of]
-        if missing:
-            raise GrammarError(f"the vocabulary has no token for the byte 0x{missing[0]:02X}")
-        self._id_of_byte = [id_of[bytes([value])] for value in range(256)]
-        self._lock = threading.Lock()
-
-    def is_text(self, token_id: int) -> bool:
-        return 0 <= token_id < len(self._pieces) and bool(self._pieces[token_id])
-
-    def spelled_at_start(self, token_id: int) -> list[int]:
-        """Ids of the single bytes that this token adds to an answer that begins with it."""
-        return [self._id_of_byte[value] for value in self._at_start[token_id]]
-
-    @property
-    def engine_tokenizer(self) -> "LLTokenizer":
-        with self._lock:
-            return self._engine_tokenizer
-
-    @property
-    def engine_tokenizer_at_start(self) -> "LLTokenizer":
-        with self._lock:
-            return self._engine_tokenizer_at_start
-
-    @cached_property
-    def _engine_tokenizer(self) -> "LLTokenizer":
-        return self._tokenizer_of(self._pieces)
-
-    @cached_property
-    def _engine_tokenizer_at_start(self) -> "LLTokenizer":
-        return self._tokenizer_of(self._at_start)
-
-    def _tokenizer_of(self, pieces: list[bytes]) -> "LLTokenizer":
-        try:
-            from llguidance import LLTokenizer, TokenizerWrapper
-        except ImportError as error:
-            raise GrammarError(f"structured output needs the package llguidance: {error}") from None
-        ends = sorted(self.end_ids)
-        return LLTokenizer(TokenizerWrapper(_ByteTokens(pieces, ends[0])), eos_token=ends)
-
-    @cached_property
-    def _limits(self) -> "LLParserLimits":
-        from llguidance import LLParserLimits
-
-        return LLParserLimits(
-            max_items_in_row=_MAX_ROW_ITEMS,
-            initial_lexer_fuel=_COMPILE_FUEL,
-            max_lexer_states=_MAX_LEXER_STATES,
-            max_grammar_size=_MAX_GRAMMAR_SIZE,
-            verbose_errors=False,
-        )
-
-    def engine(self, text: str, tokenizer: "LLTokenizer") -> "LLMatcher":
-        """A matcher of the engine at its first mask. Raises GrammarError."""
-        from llguidance import LLMatcher
-
-        matcher = LLMatcher(tokenizer, text, log_level=0, limits=self._limits)
-        if not matcher.is_error():
-            mask = matcher.compute_bitmask()  # finds the grammars that allow nothing at all
-            text_ids = set(self.ids_of(mask)) - self.end_ids
-            if text_ids and not matcher.is_error():  # finds those that cannot be rolled back
-                matcher.consume_token(min(text_ids))
-                matcher.rollback(1)
-        if matcher.is_error():
-            raise GrammarError(_problem(matcher.get_error()))
-        return matcher
-
-    @cached_property
-    def end_mask(self) -> Any:
-        return self.mask_of(self.end_ids)
-
-    def mask_of(self, ids: Any) -> Any:
-        """Words with these ids allowed."""
-        import numpy as np
-
-        bits = np.zeros(self.num_words * 32, dtype=np.uint8)
-        bits[list(ids)] = 1
-        return self.words(np.packbits(bits, bitorder="little").tobytes())
-
-    def ids_of(self, mask: bytes) -> list[int]:
-        """Ids that a mask allows."""
-        import numpy as np
-
-        bits = np.unpackbits(np.frombuffer(mask, dtype=np.uint8), bitorder="little")
-        ids: list[int] = np.flatnonzero(bits).tolist()
-        return ids
-
-    def words(self, mask: bytes) -> Any:
-        import numpy as np
-
-        return np.frombuffer(mask, dtype="<i4")[
-            : self.num_words
-        ].copy()  # the engine has spare bits
-
-
-def _problem(message: str) -> str:
-    """What the engine says of a grammar, in one line."""
-    if message.startswith("NoExtensionBias"):
-        return "it allows no answer"
-    if message.startswith("panic"):
-        return "the grammar engine cannot handle it"
-    reasons = re.findall(r"^error: (.*)", message, re.MULTILINE)  # of a regular expression
-    line = f"regex: {reasons[-1]}" if reasons else message.strip().split("\n", 1)[0]
-    return line if len(line) <= 300 else line[:300] + "..."
 
 
 def _on_deep_stack(build: Callable[[], Grammar]) -> Grammar:
@@ -426,4 +278,4 @@ def _on_deep_stack(build: Callable[[], Grammar]) -> Grammar:
         return built[0]
     if isinstance(failed[0], Exception):
         raise failed[0]
-    raise GrammarError(f"it cannot be compiled: {_problem(str(failed[0]))}") from failed[0]
+    raise GrammarError(f"it cannot be compiled: {one_line(str(failed[0]))}") from failed[0]

@@ -13,7 +13,7 @@ import model
 TEXT_ONLY = """
 import importlib, sys
 for name in ("model", "model.errors", "model.config", "model.labels", "model.sampling_params",
-             "model.tokenizer", "model.chat"):
+             "model.tokenizer", "model.chat", "model.grammar"):
     importlib.import_module(name)
     heavy = {"torch", "ray", "grpc", "transformers", "fastapi"} & set(sys.modules)
     assert not heavy, f"importing {name} imports {heavy}"

@@ -100,6 +100,10 @@ def pair(
 # --- the same ids ---
 
 
+def test_special_ids_are_the_same(pair: tuple[Tokenizer, Tokenizer]) -> None:
+    assert pair[0].special_ids == pair[1].special_ids == {0, 1, 2}
+
+
 @pytest.mark.parametrize("text", [*AWKWARD, *(f"a{text}b" for text in AWKWARD)])
 def test_ids_of_awkward_texts_are_the_same(pair: tuple[Tokenizer, Tokenizer], text: str) -> None:
     from_json, from_model = pair
