@@ -19,10 +19,9 @@ from model import layouts, steps
 from model.decoder import Decoder
 from model.errors import ConfigError, PromptError
 from model.experts import Experts, LocalExperts
-from model.generate import torch_dtype
 from model.hub import resolve
 from model.tokenizer import Tokenizer
-from model.weights import Checkpoint, OnBytes, ignore_bytes
+from model.weights import Checkpoint, OnBytes, ignore_bytes, torch_dtype
 
 _SCORE = "score.weight"
 _DEFAULT_NUM_LABELS = 2  # transformers' own, which it leaves out of config.json
