@@ -21,14 +21,14 @@ _INT4_OUTPUTS = 16  # torch's kernel wants a multiple of it
 # on AVX2, where 8 was enough.
 _INT8_INPUTS = 32
 _SMALLEST_SCALE = 1e-8  # of a group or row whose weights are all the same
-_ROWS_AT_ONCE = 2048  # bounds what a matrix takes in 32 bits beside itself while it is made
+_ROWS_AT_ONCE = 256  # bounds what is in 32 bits at once while a matrix is made
 
 _Parts = Mapping[str, Tensor]
 
 
 def int8_parts(weight_OI: Tensor) -> dict[str, Tensor]:
     """Codes from -127 to 127, and a scale for every output."""
-    return _by_rows(_int8_parts, weight_OI)
+    return _by_rows(lambda rows: _int8_parts(rows.float()), weight_OI)
 
 
 def int8_matrix(parts: _Parts, shape: tuple[int, int], dtype: torch.dtype) -> Matrix:
@@ -39,7 +39,7 @@ def int8_matrix(parts: _Parts, shape: tuple[int, int], dtype: torch.dtype) -> Ma
 
 def int4_parts(weight_OI: Tensor) -> dict[str, Tensor]:
     """Codes from 0 to 15, two to a byte, and scale and zero for every group of inputs."""
-    return _by_rows(_int4_parts, weight_OI)
+    return _by_rows(lambda rows: _int4_parts(rows.float()), weight_OI)
 
 
 def int4_matrix(parts: _Parts, shape: tuple[int, int], dtype: torch.dtype) -> Matrix:
@@ -53,9 +53,15 @@ def _may_have_kernel(parts: _Parts, dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16 and parts["codes"].device.type == "cpu"
 
 
-def _by_rows(make: Callable[[Tensor], dict[str, Tensor]], weight_OI: Tensor) -> dict[str, Tensor]:
-    pieces = [make(rows.float()) for rows in weight_OI.split(_ROWS_AT_ONCE)]
-    return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+def _by_rows(make: Callable[[Tensor], dict[str, Tensor]], matrix: Tensor) -> dict[str, Tensor]:
+    """What `make` makes of every few rows, one below the other."""
+    joined: dict[str, Tensor] = {}
+    for begin in range(0, len(matrix), _ROWS_AT_ONCE):
+        for name, piece in make(matrix[begin : begin + _ROWS_AT_ONCE]).items():
+            if name not in joined:
+                joined[name] = piece.new_empty(len(matrix), *piece.shape[1:])
+            joined[name][begin : begin + _ROWS_AT_ONCE] = piece
+    return joined
 
 
 @dataclass(frozen=True)
@@ -123,13 +129,12 @@ class PackedInt4Matrix:
 
     @classmethod
     def from_parts(cls, parts: _Parts) -> "PackedInt4Matrix":
-        # rows stay in order, by blocks of at most 64, so that pieces join to what the whole gives
-        packed = torch.cat(
-            [
-                torch.ops.aten._convert_weight_to_int4pack_for_cpu(unpack_int4(codes).int(), 1)
-                for codes in parts["codes"].split(_ROWS_AT_ONCE)
-            ]
-        )
+        def pack(codes: Tensor) -> dict[str, Tensor]:
+            integers = unpack_int4(codes).int()
+            return {"": torch.ops.aten._convert_weight_to_int4pack_for_cpu(integers, 1)}
+
+        # the kernel's order is by blocks of at most 64 rows: pieces join to what the whole gives
+        packed = _by_rows(pack, parts["codes"])[""]
         pairs_OG2 = torch.stack((parts["scales"], parts["zeros"]), dim=-1)
         return cls(packed, pairs_OG2.transpose(0, 1).contiguous())
 

@@ -20,7 +20,7 @@ NF4_SCALES_BLOCK = 256
 """Scales that share a scale, in nf4-double."""
 
 
-_ROWS_AT_ONCE = 2048  # bounds what quantising takes in float32 beside the matrix; whole blocks
+_ROWS_AT_ONCE = 256  # bounds what quantising takes in float32 beside the matrix; whole blocks
 
 
 def nf4_parts(weight_OI: Tensor, *, is_double: bool) -> dict[str, Tensor]:
