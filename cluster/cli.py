@@ -44,6 +44,12 @@ Model = Annotated[
         help="Checkpoint folder or Hugging Face Hub id; the embedded tiny one if left out.",
     ),
 ]
+Experts = Annotated[
+    str | None, typer.Option("--experts", help="Quantise experts: nf4, nf4-double, int8 or int4.")
+]
+AttentionWeights = Annotated[
+    str | None, typer.Option("--attention-weights", help="Quantise attention's matrices: the same.")
+]
 DType = Annotated[
     str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; the checkpoint's own.")
 ]
@@ -65,6 +71,8 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Keep this much probability mass.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
     dtype: DType = None,
+    experts: Experts = None,
+    attention_weights: AttentionWeights = None,
     verbose: Verbose = False,
 ) -> None:
     """Continue a text, on a server or with --local in this process."""
@@ -73,10 +81,16 @@ def generate(
     if local:
         if url:
             raise ConfigurationError("--local and --url exclude each other")
-        pieces = _generate_here(prompt, model, dtype, {**sampling, "top_k": top_k})
+        held = {"expert_quantization": experts, "attention_quantization": attention_weights}
+        pieces = _generate_here(
+            prompt, model, {"dtype": dtype, **held}, {**sampling, "top_k": top_k}
+        )
     else:
-        if model or dtype:
-            raise ConfigurationError("--model and --dtype go with --local; a server has its own")
+        if model or dtype or experts or attention_weights:
+            raise ConfigurationError(
+                "--model, --dtype, --experts and --attention-weights go with --local; "
+                "a server has its own"
+            )
         pieces = _generate_there(prompt, url, {**sampling, "top_k": top_k})
     console.print(prompt, end="", markup=False)
     for piece in pieces:
@@ -85,12 +99,12 @@ def generate(
 
 
 def _generate_here(
-    prompt: str, model: Path | None, dtype: str | None, sampling: dict[str, Any]
+    prompt: str, model: Path | None, loading: dict[str, Any], sampling: dict[str, Any]
 ) -> Iterator[str]:
     _need_server_extra()
     from model import TINY, Mixtral
 
-    return Mixtral.load(model or TINY, dtype=dtype).stream(prompt, **sampling)
+    return Mixtral.load(model or TINY, **loading).stream(prompt, **sampling)
 
 
 def _generate_there(prompt: str, url: str | None, sampling: dict[str, Any]) -> Iterator[str]:
@@ -108,9 +122,8 @@ def _generate_there(prompt: str, url: str | None, sampling: dict[str, Any]) -> I
 @app.command()
 def serve(
     model: Model = None,
-    experts: Annotated[
-        str | None, typer.Option(help="Quantise experts: nf4, nf4-double, int8 or int4.")
-    ] = None,
+    experts: Experts = None,
+    attention_weights: AttentionWeights = None,
     served_model_name: Annotated[
         str | None, typer.Option(help="Model id that requests name; the folder's name.")
     ] = None,
@@ -136,6 +149,7 @@ def serve(
         num_heads=heads,
         dtype=dtype,
         expert_quantization=experts,
+        attention_quantization=attention_weights,
     )
     with (
         _stopped_by_signals(),
@@ -172,20 +186,31 @@ def quantize(
     source: Annotated[Path, typer.Argument(help="Checkpoint folder or Hugging Face Hub id.")],
     target: Annotated[Path, typer.Argument(help="Empty or new folder for the copy.")],
     mode: Annotated[str, typer.Option(help="nf4, nf4-double, int8 or int4.")] = "int4",
+    attention_weights: AttentionWeights = None,
     dtype: DType = None,
 ) -> None:
     """Write a copy of a checkpoint with quantised experts, to be served like any other."""
     _need_server_extra()
-    from model.generate import torch_dtype
     from model.hub import resolve
-    from model.quantized_copy import expert_bytes, save_quantized
-    from model.weights import Checkpoint
+    from model.quantized_copy import save_quantized
+    from model.weights import Checkpoint, torch_dtype
 
-    checkpoint = Checkpoint(resolve(source), dtype=torch_dtype(dtype))
-    config = checkpoint.config
-    num_experts = config.num_hidden_layers * config.num_local_experts
-    total = checkpoint.decoder_bytes + num_experts * expert_bytes(config, mode)
-    save_quantized(checkpoint, target, mode, BytesLine(f"writing {target}", total).add)
+    folder = resolve(source)
+    as_copied = Checkpoint(
+        folder,
+        dtype=torch_dtype(dtype),
+        expert_quantization=mode,
+        attention_quantization=attention_weights,
+    )
+    num_experts = len(as_copied.config.expert_units)
+    total = as_copied.decoder_bytes + num_experts * as_copied.expert_bytes
+    save_quantized(
+        Checkpoint(folder, dtype=torch_dtype(dtype)),
+        target,
+        mode,
+        BytesLine(f"writing {target}", total).add,
+        attention_mode=attention_weights,
+    )
 
 
 @app.command()

@@ -14,6 +14,7 @@ from model.batch import Batch
 from model.config import MixtralConfig
 from model.experts import Experts
 from model.kv_cache import KVCache
+from model.linear import linear
 from model.rope import rope_frequencies, rope_tables, rotate
 from model.router import route, router_logits
 from model.weights import DecoderWeights
@@ -83,12 +84,12 @@ class Decoder:
             if trace:
                 trace.hidden_states.append(x_TD)
             normed_TD = rms_norm(x_TD, weights.attention_norm_D, config.rms_norm_eps)
-            q, k, v = F.linear(normed_TD, weights.wqkv).split(weights.qkv_sizes, dim=-1)
+            q, k, v = linear(normed_TD, weights.wqkv).split(weights.qkv_sizes, dim=-1)
             q_TNH = rotate(q.unflatten(-1, (-1, config.head_dim)), rope)
             k_TKH = rotate(k.unflatten(-1, (-1, config.head_dim)), rope)
             cache.write(layer, batch.slots_T, k_TKH, v.unflatten(-1, (-1, config.head_dim)))
             attended_TNH = self._attention.attend(q_TNH, plan, cache, layer)
-            x_TD = x_TD + F.linear(attended_TNH.flatten(1), weights.wo)
+            x_TD = x_TD + linear(attended_TNH.flatten(1), weights.wo)
 
             normed_TD = rms_norm(x_TD, weights.experts_norm_D, config.rms_norm_eps)
             if trace:

@@ -24,8 +24,7 @@ from cluster.head.service import HeadService
 from cluster.metrics import HeadMetrics
 from cluster.placement import ClusterView
 from model.decoder import Decoder
-from model.generate import torch_dtype
-from model.weights import Checkpoint
+from model.weights import Checkpoint, torch_dtype
 from protos import head_pb2_grpc
 
 logger = logging.getLogger(__name__)
@@ -88,7 +87,10 @@ class HeadReplica:
         config = self._config
         torch.set_num_threads(config.head_threads)
         checkpoint = Checkpoint(
-            config.checkpoint_folder(), dtype=torch_dtype(config.dtype), device=config.device
+            config.checkpoint_folder(),
+            dtype=torch_dtype(config.dtype),
+            device=config.device,
+            attention_quantization=config.attention_quantization,
         )
         decoder = Decoder(checkpoint.config, checkpoint.load_decoder(), attention=config.attention)
         identity = rpc.Identity(self._name, rpc.fingerprint(checkpoint.config, config.dtype))

@@ -21,9 +21,8 @@ from rich.table import Table
 from cluster.head.dispatch import PlacementFeed, RemoteExperts
 from cluster.placement import Placement, WorkerInfo
 from model import TINY, Mixtral
-from model.generate import torch_dtype
 from model.sampling_params import SamplingParams
-from model.weights import Checkpoint
+from model.weights import Checkpoint, torch_dtype
 from tests.integration.workers import WorkerServer, remote_experts, table_of
 
 BATCHES = (1, 8, 32)

@@ -53,7 +53,7 @@ def even_placement(mixtral: Mixtral, num_workers: int, *, epoch: int = 1) -> Pla
     table = plan(
         num_layers=mixtral.config.num_hidden_layers,
         num_experts=NUM_EXPERTS,
-        expert_bytes=1,
+        expert_bytes=[1] * num_workers,
         budgets=[None] * num_workers,
     )
     return placement_of(table, num_workers, epoch=epoch)
