@@ -12,6 +12,7 @@ import typer
 from pydantic import ValidationError
 
 from cluster import log
+from cluster.bench.commands import app as bench
 from cluster.config import ServeConfig
 from cluster.console import (
     STORY_DTYPE,
@@ -37,6 +38,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+app.add_typer(bench, name="bench")
 Model = Annotated[
     Path | None,
     typer.Option(
