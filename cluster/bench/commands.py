@@ -8,9 +8,14 @@ from typing import Annotated, Any
 import typer
 
 from cluster.errors import ConfigurationError
+from cluster.extras import need_server_extra
 
 app = typer.Typer(help="Measure a server, the engine, or one round trip.", no_args_is_help=True)
 
+DType = Annotated[
+    str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own.")
+]
+Threads = Annotated[int, typer.Option(min=1, help="Compute threads of each process.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write all numbers to this file.")]
 
 
@@ -82,6 +87,9 @@ def http(
         raise ConfigurationError("--concurrency and --rate exclude each other")
     if requests is not None and duration is not None:
         raise ConfigurationError("--requests and --duration exclude each other")
+    if duration is not None and not 0 < duration < float("inf"):
+        raise ConfigurationError(f"--duration {duration} is no number of seconds above 0")
+    _check_writable(json_file, html)
     output_lengths = Lengths.parse(output_tokens)
     jobs = (
         Given.parse(_read(prompts), output_lengths, seed)
@@ -120,6 +128,107 @@ def http(
         _write(html, page(run))
 
 
+@app.command()
+def engine(
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Checkpoint folder or Hub id; the embedded tiny one if left out."),
+    ] = None,
+    workers: Annotated[
+        str,
+        typer.Option(help="Worker processes that hold the experts, or several to compare: 0,2."),
+    ] = "0",
+    sequences: Annotated[str, typer.Option(help="Sequences to decode at a time.")] = "1,8,32",
+    prefill: Annotated[str, typer.Option(help="Lengths of prompts to compute, tokens.")] = "512",
+    prompt_tokens: Annotated[
+        int, typer.Option(min=1, help="Prompt of each sequence that is decoded.")
+    ] = 32,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens that each decodes.")] = 64,
+    experts: Annotated[
+        str | None, typer.Option(help="Quantise experts: nf4, nf4-double, int8 or int4.")
+    ] = None,
+    dtype: DType = None,
+    threads: Threads = 1,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds, after one that warms up.")] = 5,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Show where a step's time goes, by part.")
+    ] = False,
+    json_file: Json = None,
+) -> None:
+    """Measure decoding and prefill in this process: no HTTP, no Ray, synthetic prompts."""
+    need_server_extra()
+    _check_writable(json_file)
+    from cluster.bench.engine import EnginePlan, measure
+    from cluster.bench.engine_report import as_json, profile_table, rates_table
+    from cluster.bench.progress import overwrite
+    from cluster.console import console, size
+    from model import TINY
+    from model.hub import resolve
+
+    report = measure(
+        EnginePlan(
+            folder=TINY if model is None else resolve(model),
+            dtype=dtype,
+            quantization=experts,
+            num_threads=threads,
+            workers=_integers(workers, least=0),
+            sequences=_integers(sequences),
+            prefill=_integers(prefill),
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            rounds=rounds,
+            is_profiled=profile,
+        ),
+        overwrite,
+    )
+    overwrite("")
+    console.print(rates_table(report))
+    if profile:
+        console.print(profile_table(report))
+    if report.head_bytes is not None:
+        held = [size(number) for number in report.worker_bytes if number is not None]
+        console.print(f"memory above an idle process: head {size(report.head_bytes)}", end="")
+        console.print(f", workers {', '.join(held)}" if held else "")
+    _write_json(json_file, as_json(report, is_profiled=profile))
+
+
+@app.command()
+def dispatch(
+    rows: Annotated[str, typer.Option(help="Rows of one dispatch, or several numbers.")] = "1,32",
+    hidden: Annotated[int, typer.Option(min=1, help="Values of a row.")] = 4096,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    transport: Annotated[str, typer.Option(help="tcp, unix, or both.")] = "tcp,unix",
+    threads: Threads = 1,
+    rounds: Annotated[int, typer.Option(min=1, help="Round trips, after 100 more.")] = 1000,
+    json_file: Json = None,
+) -> None:
+    """Measure what one round trip to a worker costs beyond the worker's own computing."""
+    need_server_extra()
+    _check_writable(json_file)
+    from cluster.bench.dispatch import TRANSPORTS, DispatchPlan, measure
+    from cluster.bench.dispatch_report import as_json, trips_table
+    from cluster.bench.progress import overwrite
+    from cluster.console import console
+
+    transports = [name for name in TRANSPORTS if name in transport.split(",")]
+    if set(transports) != set(transport.split(",")):
+        raise ConfigurationError(f"--transport {transport!r}: must be tcp, unix or tcp,unix")
+    found = measure(
+        DispatchPlan(
+            rows=_integers(rows),
+            hidden_size=hidden,
+            dtype=dtype,
+            transports=transports,
+            num_threads=threads,
+            rounds=rounds,
+        ),
+        overwrite,
+    )
+    overwrite("")
+    console.print(trips_table(found))
+    _write_json(json_file, as_json(found))
+
+
 def _numbers(text: str) -> list[float]:
     """Numbers above 0, separated by commas."""
     try:
@@ -127,15 +236,21 @@ def _numbers(text: str) -> list[float]:
     except ValueError:
         numbers = [0.0]
     if not all(0 < number < float("inf") for number in numbers):
-        raise ConfigurationError(f"{text!r} is no list of numbers above 0, such as 1,8,32")
+        raise ConfigurationError(f"{text!r} is no list of numbers above 0, such as 1,2.5,4")
     return numbers
 
 
-def _integers(text: str) -> list[int]:
-    numbers = _numbers(text)
-    if not all(number.is_integer() for number in numbers):
-        raise ConfigurationError(f"{text!r} is no list of whole numbers, such as 1,8,32")
-    return [int(number) for number in numbers]
+def _integers(text: str, *, least: int = 1) -> list[int]:
+    """Whole numbers, separated by commas."""
+    try:
+        numbers = [int(item) for item in text.split(",")]
+    except ValueError:
+        numbers = [least - 1]
+    if min(numbers) < least:
+        raise ConfigurationError(
+            f"{text!r} is no list of whole numbers of at least {least}, such as 1,8,32"
+        )
+    return numbers
 
 
 def _read(file: Path) -> str:
@@ -143,6 +258,13 @@ def _read(file: Path) -> str:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"cannot read {file}: {error}") from error
+
+
+def _check_writable(*files: Path | None) -> None:
+    """Raise ConfigurationError now rather than when the numbers are there."""
+    for file in files:
+        if file is not None and not os.access(file if file.exists() else file.parent, os.W_OK):
+            raise ConfigurationError(f"cannot write {file}")
 
 
 def _write_json(file: Path | None, value: Any) -> None:

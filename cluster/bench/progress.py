@@ -1,4 +1,4 @@
-"""One line on standard error that is written over while requests come back."""
+"""One line on standard error that is written over while a benchmark runs."""
 
 import sys
 import time
@@ -8,6 +8,12 @@ from typing import Self
 from cluster.bench.summary import Record
 
 _SHOW_EVERY_S = 0.25
+
+
+def overwrite(text: str) -> None:
+    """Put a line over the last one; nothing where standard error is no terminal."""
+    if sys.stderr.isatty():
+        print(f"\r{text:<70}", end="", file=sys.stderr, flush=True)
 
 
 class ProgressLine:
@@ -33,8 +39,9 @@ class ProgressLine:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        start = "\r" if sys.stderr.isatty() else ""
-        print(f"{start}{self}", file=sys.stderr, flush=True)
+        overwrite("")
+        overwrite(str(self))
+        print("" if sys.stderr.isatty() else self, file=sys.stderr, flush=True)
 
     def __str__(self) -> str:
         seconds = time.monotonic() - self._started
@@ -43,7 +50,7 @@ class ProgressLine:
         rate = self._num_tokens / seconds if seconds else 0.0
         return (
             f"{self._what}: {self._num_records}{of_total} requests{failed}, {seconds:.1f} s, "
-            f"{rate:.1f} tokens out/s   "
+            f"{rate:.1f} tokens out/s"
         )
 
     def add(self, record: Record) -> None:
@@ -51,6 +58,6 @@ class ProgressLine:
         self._num_failed += record.error is not None
         self._num_tokens += record.output_tokens
         now = time.monotonic()
-        if now - self._shown >= _SHOW_EVERY_S and sys.stderr.isatty():
+        if now - self._shown >= _SHOW_EVERY_S:
             self._shown = now
-            print(f"\r{self}", end="", file=sys.stderr, flush=True)
+            overwrite(str(self))
