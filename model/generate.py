@@ -16,7 +16,7 @@ from torch import Tensor
 from model import TINY, beam, steps
 from model.chat import ChatFormat, Message
 from model.decoder import Decoder, Trace
-from model.errors import SamplingError
+from model.errors import ConfigError, SamplingError
 from model.experts import Experts, LocalExperts
 from model.hub import resolve
 from model.labels import ARCHITECTURE
