@@ -4,7 +4,6 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -12,6 +11,7 @@ import typer
 from pydantic import ValidationError
 
 from cluster import log
+from cluster.bench.commands import app as bench
 from cluster.config import ServeConfig
 from cluster.console import (
     STORY_DTYPE,
@@ -26,6 +26,7 @@ from cluster.console import (
     tell_story,
 )
 from cluster.errors import ConfigurationError, MaestraleError
+from cluster.extras import need_server_extra
 from model.errors import ModelError
 
 if TYPE_CHECKING:
@@ -37,12 +38,19 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+app.add_typer(bench, name="bench")
 Model = Annotated[
     Path | None,
     typer.Option(
         "--model",
         help="Checkpoint folder or Hugging Face Hub id; the embedded tiny one if left out.",
     ),
+]
+Experts = Annotated[
+    str | None, typer.Option("--experts", help="Quantise experts: nf4, nf4-double, int8 or int4.")
+]
+AttentionWeights = Annotated[
+    str | None, typer.Option("--attention-weights", help="Quantise attention's matrices: the same.")
 ]
 DType = Annotated[
     str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; the checkpoint's own.")
@@ -65,6 +73,8 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Keep this much probability mass.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
     dtype: DType = None,
+    experts: Experts = None,
+    attention_weights: AttentionWeights = None,
     verbose: Verbose = False,
 ) -> None:
     """Continue a text, on a server or with --local in this process."""
@@ -73,10 +83,16 @@ def generate(
     if local:
         if url:
             raise ConfigurationError("--local and --url exclude each other")
-        pieces = _generate_here(prompt, model, dtype, {**sampling, "top_k": top_k})
+        held = {"expert_quantization": experts, "attention_quantization": attention_weights}
+        pieces = _generate_here(
+            prompt, model, {"dtype": dtype, **held}, {**sampling, "top_k": top_k}
+        )
     else:
-        if model or dtype:
-            raise ConfigurationError("--model and --dtype go with --local; a server has its own")
+        if model or dtype or experts or attention_weights:
+            raise ConfigurationError(
+                "--model, --dtype, --experts and --attention-weights go with --local; "
+                "a server has its own"
+            )
         pieces = _generate_there(prompt, url, {**sampling, "top_k": top_k})
     console.print(prompt, end="", markup=False)
     for piece in pieces:
@@ -85,12 +101,12 @@ def generate(
 
 
 def _generate_here(
-    prompt: str, model: Path | None, dtype: str | None, sampling: dict[str, Any]
+    prompt: str, model: Path | None, loading: dict[str, Any], sampling: dict[str, Any]
 ) -> Iterator[str]:
-    _need_server_extra()
+    need_server_extra()
     from model import TINY, Mixtral
 
-    return Mixtral.load(model or TINY, dtype=dtype).stream(prompt, **sampling)
+    return Mixtral.load(model or TINY, **loading).stream(prompt, **sampling)
 
 
 def _generate_there(prompt: str, url: str | None, sampling: dict[str, Any]) -> Iterator[str]:
@@ -108,9 +124,8 @@ def _generate_there(prompt: str, url: str | None, sampling: dict[str, Any]) -> I
 @app.command()
 def serve(
     model: Model = None,
-    experts: Annotated[
-        str | None, typer.Option(help="Quantise experts: nf4, nf4-double, int8 or int4.")
-    ] = None,
+    experts: Experts = None,
+    attention_weights: AttentionWeights = None,
     served_model_name: Annotated[
         str | None, typer.Option(help="Model id that requests name; the folder's name.")
     ] = None,
@@ -126,7 +141,7 @@ def serve(
 ) -> None:
     """Serve a model over HTTP until interrupted."""
     log.set_up(verbose=verbose)
-    _need_server_extra()
+    need_server_extra()
     from cluster.app import running
 
     config = _config(
@@ -136,6 +151,7 @@ def serve(
         num_heads=heads,
         dtype=dtype,
         expert_quantization=experts,
+        attention_quantization=attention_weights,
     )
     with (
         _stopped_by_signals(),
@@ -160,7 +176,7 @@ def inspect(
     workers: Annotated[int, typer.Option(min=1, help="Workers to spread the experts over.")] = 2,
 ) -> None:
     """Show what is in a checkpoint, and the memory it takes to serve it. Reads headers only."""
-    _need_server_extra()
+    need_server_extra()
     from model.hub import resolve
     from model.inspect import inspect as inspect_checkpoint
 
@@ -172,20 +188,31 @@ def quantize(
     source: Annotated[Path, typer.Argument(help="Checkpoint folder or Hugging Face Hub id.")],
     target: Annotated[Path, typer.Argument(help="Empty or new folder for the copy.")],
     mode: Annotated[str, typer.Option(help="nf4, nf4-double, int8 or int4.")] = "int4",
+    attention_weights: AttentionWeights = None,
     dtype: DType = None,
 ) -> None:
     """Write a copy of a checkpoint with quantised experts, to be served like any other."""
-    _need_server_extra()
-    from model.generate import torch_dtype
+    need_server_extra()
     from model.hub import resolve
-    from model.quantized_copy import expert_bytes, save_quantized
-    from model.weights import Checkpoint
+    from model.quantized_copy import save_quantized
+    from model.weights import Checkpoint, torch_dtype
 
-    checkpoint = Checkpoint(resolve(source), dtype=torch_dtype(dtype))
-    config = checkpoint.config
-    num_experts = config.num_hidden_layers * config.num_local_experts
-    total = checkpoint.decoder_bytes + num_experts * expert_bytes(config, mode)
-    save_quantized(checkpoint, target, mode, BytesLine(f"writing {target}", total).add)
+    folder = resolve(source)
+    as_copied = Checkpoint(
+        folder,
+        dtype=torch_dtype(dtype),
+        expert_quantization=mode,
+        attention_quantization=attention_weights,
+    )
+    num_experts = len(as_copied.config.expert_units)
+    total = as_copied.decoder_bytes + num_experts * as_copied.expert_bytes
+    save_quantized(
+        Checkpoint(folder, dtype=torch_dtype(dtype)),
+        target,
+        mode,
+        BytesLine(f"writing {target}", total).add,
+        attention_mode=attention_weights,
+    )
 
 
 @app.command()
@@ -196,7 +223,7 @@ def demo(
 ) -> None:
     """Start everything with two expert workers, tell a story, stop everything."""
     log.set_up(verbose=verbose)
-    _need_server_extra()
+    need_server_extra()
     from cluster.app import running
 
     console.print("Maestrale demo: one head replica, two expert workers, gRPC in between")
@@ -227,16 +254,6 @@ def _config(**fields: Any) -> ServeConfig:
             for item in error.errors()
         )
         raise ConfigurationError(problems) from error
-
-
-def _need_server_extra() -> None:
-    """Raise ConfigurationError where only the base install is there."""
-    missing = [name for name in ("ray", "torch", "grpc") if find_spec(name) is None]
-    if missing:
-        raise ConfigurationError(
-            f"this command needs {', '.join(missing)}, which the base install leaves out: "
-            "pip install 'maestrale[server]'"
-        )
 
 
 @contextmanager

@@ -16,6 +16,8 @@ from model.hub import resolve
 MIB = 2**20
 GIB = 2**30
 
+Quantization = Literal["nf4", "nf4-double", "int8", "int4"]
+
 
 class ServeConfig(BaseModel):
     """Everything that `cluster.app.build` must know. Under each field: meaning, unit, reason."""
@@ -29,9 +31,13 @@ class ServeConfig(BaseModel):
     """Model id that requests name. None: the checkpoint folder's name."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type of weights and activations. None: the checkpoint's own."""
-    expert_quantization: Literal["nf4", "nf4-double", "int8", "int4"] | None = None
+    expert_quantization: Quantization | tuple[Quantization | None, ...] | None = None
     """How workers hold their experts. nf4 (bitsandbytes) and int4 (packed, the fast one on CPU)
-    take a quarter of 16 bit, int8 half. None: as the checkpoint has them."""
+    take a quarter of 16 bit, int8 half. None: as the checkpoint has them. A list: one for each
+    worker, where they differ in memory."""
+    attention_quantization: Quantization | None = None
+    """How heads hold the matrices of attention; embeddings, norms, routers and LM head stay dense.
+    None: as the checkpoint has them."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where heads and workers compute. cuda also needs head_gpus and worker_gpus."""
 
@@ -65,8 +71,10 @@ class ServeConfig(BaseModel):
     """Prompt and completion together, tokens. None: what the model was made for."""
     block_size: int = Field(default=16, ge=1)
     """Tokens per block of the KV cache. Smaller wastes less, larger costs fewer look-ups."""
-    kv_cache_bytes: int = Field(default=1 * GIB, ge=1)
-    """Bytes of KV cache per head, at most; never more than max_running_sequences can fill."""
+    kv_cache_bytes: int | None = Field(default=1 * GIB, ge=1)
+    """Bytes of KV cache per head, at most; never more than twice what max_running_sequences can
+    fill. None: by the memory that is free when the workers are loaded, nine tenths of a GPU's or a
+    quarter of a machine's."""
     max_running_sequences: int = Field(default=64, ge=1)
     """Sequences in one step of a head, at most."""
     max_tokens_per_step: int = Field(default=512, ge=1)
@@ -123,6 +131,22 @@ class ServeConfig(BaseModel):
                 "behind those that decode"
             )
         return self
+
+    @model_validator(mode="after")
+    def _check_workers(self) -> Self:
+        if len(self.worker_quantization) != self.num_workers:
+            raise ValueError(
+                f"expert_quantization lists {len(self.worker_quantization)} workers, "
+                f"num_workers is {self.num_workers}"
+            )
+        return self
+
+    @property
+    def worker_quantization(self) -> tuple[Quantization | None, ...]:
+        """How each worker holds its experts."""
+        if isinstance(self.expert_quantization, tuple):
+            return self.expert_quantization
+        return (self.expert_quantization,) * self.num_workers
 
     @property
     def lease_renewal_s(self) -> float:

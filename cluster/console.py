@@ -66,11 +66,12 @@ def print_inspection(found: "Inspection") -> None:
     for part in found.parts:
         parts.add_row(part.name, f"{part.num_parameters:,}", size(part.num_bytes))
     console.print(parts)
-    memory = _table("experts held as", "a head", "an expert", f"a worker of {found.num_workers}")
+    memory = _table(
+        "held as", "a head", "attention too", "an expert", f"a worker of {found.num_workers}"
+    )
     for row in found.memory:
-        memory.add_row(
-            row.form, size(row.head_bytes), size(row.expert_bytes), size(row.worker_bytes)
-        )
+        columns = row.head_bytes, row.quantized_head_bytes, row.expert_bytes, row.worker_bytes
+        memory.add_row(row.form, *map(size, columns))
     console.print(memory)
 
 

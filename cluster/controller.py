@@ -55,6 +55,7 @@ class _Worker:
     """One expert worker as the controller knows it."""
 
     name: str
+    quantization: str | None
     units: list[tuple[int, int]]
     actor: Any
     report: "WorkerReport | None" = None
@@ -123,10 +124,10 @@ class Controller:
             logger.error("nothing can be placed: %s", error)
             self._set_view(replace(self._view, phase="failed", error=str(error)))
             await asyncio.Event().wait()
-        for index in range(self._config.num_workers):
+        for index, mode in enumerate(self._config.worker_quantization):
             name = f"{self._app_name}-worker-{index}"
             units = held_by(table, index)
-            self._workers.append(_Worker(name, units, self._start(name)))
+            self._workers.append(_Worker(name, mode, units, self._start(name, mode)))
         while True:
             await asyncio.gather(*(self._beat(worker) for worker in self._workers))
             self._publish_if_moved(table)
@@ -138,23 +139,23 @@ class Controller:
     def _plan(self) -> Table:
         """Which worker is to hold what. Reads the checkpoint's headers."""
         # torch is not wanted before a replica runs
-        from model.generate import torch_dtype
-        from model.weights import Checkpoint
+        from model.weights import Checkpoint, torch_dtype
 
         config = self._config
-        checkpoint = Checkpoint(
-            config.checkpoint_folder(),
-            dtype=torch_dtype(config.dtype),
-            quantization=config.expert_quantization,
-        )
+        folder, dtype = config.checkpoint_folder(), torch_dtype(config.dtype)
+        as_held = {
+            mode: Checkpoint(folder, dtype=dtype, expert_quantization=mode)
+            for mode in set(config.worker_quantization)
+        }
+        model = as_held[config.worker_quantization[0]].config
         return plan(
-            num_layers=checkpoint.config.num_hidden_layers,
-            num_experts=checkpoint.config.num_local_experts,
-            expert_bytes=checkpoint.expert_bytes,
+            num_layers=model.num_hidden_layers,
+            num_experts=model.num_local_experts,
+            expert_bytes=[as_held[mode].expert_bytes for mode in config.worker_quantization],
             budgets=[config.worker_memory_bytes] * config.num_workers,
         )
 
-    def _start(self, name: str) -> Any:
+    def _start(self, name: str, quantization: str | None) -> Any:
         """Start a worker, or find the one of this name that is still alive."""
         # torch is only wanted in the workers
         from cluster.expert.worker import ExpertWorker, WorkerSettings
@@ -164,7 +165,7 @@ class Controller:
             name=name,
             checkpoint=config.checkpoint_folder(),
             dtype=config.dtype,
-            quantization=config.expert_quantization,
+            expert_quantization=quantization,
             device=config.device,
             num_threads=config.worker_threads,
             host=config.data_plane_host,
@@ -197,7 +198,7 @@ class Controller:
         except RayActorError as error:
             logger.warning("%s is dead: %s", worker.name, _first_line(error))
             worker.report, worker.num_missed = None, 0
-            worker.actor = self._start(worker.name)
+            worker.actor = self._start(worker.name, worker.quantization)
             return
         except (TimeoutError, RayError) as error:
             worker.num_missed += 1

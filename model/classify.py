@@ -18,11 +18,10 @@ from model.config import MixtralConfig
 from model.decoder import Decoder
 from model.errors import ConfigError, PromptError
 from model.experts import Experts, LocalExperts
-from model.generate import torch_dtype
 from model.hub import resolve
 from model.labels import ARCHITECTURE, trim_padding
 from model.tokenizer import Tokenizer
-from model.weights import Checkpoint, OnBytes, ignore_bytes
+from model.weights import Checkpoint, OnBytes, ignore_bytes, torch_dtype
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ The decoder knows only `Experts`. `LocalExperts` computes in this process; the s
 that sends the rows away. Both end in `weighted_sums`, so both compute the same.
 
 Shape suffixes: T tokens, D hidden, F intermediate, R rows sent to one place, A assignments
-(row, expert, weight), K experts per token, I inputs of a matrix.
+(row, expert, weight), K experts per token.
 """
 
 from collections.abc import Mapping
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.linear import Weight, linear
 from model.router import Routing
 
 
@@ -32,27 +33,6 @@ class Experts(Protocol):
     def dispatch(self, layer: int, x_TD: Tensor, routing: Routing) -> PendingRows:
         """Start computing, for every row, the weighted sum over its experts. Returns at once."""
         ...
-
-
-class Matrix(Protocol):
-    """A weight matrix (outputs, inputs) that is held as something else than a plain tensor."""
-
-    @property
-    def nbytes(self) -> int:
-        """Memory that it takes, scales included."""
-        ...
-
-    def linear(self, x_RI: Tensor) -> Tensor:
-        """What `F.linear(x, matrix)` is for a plain tensor, in the dtype of x."""
-        ...
-
-
-Weight = Tensor | Matrix
-
-
-def linear(x_RI: Tensor, weight: Weight) -> Tensor:
-    """Rows through a weight matrix, however it is held."""
-    return F.linear(x_RI, weight) if isinstance(weight, Tensor) else weight.linear(x_RI)
 
 
 @dataclass(frozen=True)

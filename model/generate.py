@@ -11,12 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, overload
 
-import torch
 from torch import Tensor
 
 from model import TINY, beam, steps
 from model.chat import ChatFormat, Message
-from model.config import DTYPES
 from model.decoder import Decoder, Trace
 from model.errors import ConfigError, SamplingError
 from model.experts import Experts, LocalExperts
@@ -24,24 +22,14 @@ from model.hub import resolve
 from model.labels import ARCHITECTURE
 from model.loss import ModelOutput, load_balancing_loss, next_token_loss
 from model.sampling_params import SamplingParams
-from model.stop import TextStream
+from model.stop import TextOptions
 from model.tokenizer import Tokenizer
-from model.weights import Checkpoint, OnBytes, ignore_bytes
+from model.weights import Checkpoint, OnBytes, ignore_bytes, torch_dtype
 
 EarlyStopping = bool | Literal["never"]
 
 OnText = Callable[[int, str], None]
 """Called with the index of a text and its new piece."""
-
-
-def torch_dtype(name: str | None) -> torch.dtype | None:
-    """torch's dtype by its name; None (the checkpoint's own) for None. Raises ConfigError."""
-    if name is None:
-        return None
-    if name not in DTYPES:
-        raise ConfigError(f"dtype {name!r} is not one of {', '.join(DTYPES)}")
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
 
 
 class Mixtral:
@@ -67,21 +55,27 @@ class Mixtral:
         *,
         dtype: str | None = None,
         device: str = "cpu",
-        quantization: str | None = None,
+        expert_quantization: str | None = None,
+        attention_quantization: str | None = None,
         attention: str = "sdpa",
         on_bytes: OnBytes = ignore_bytes,
     ) -> "Mixtral":
         """Load a checkpoint with all its experts.
 
-        model:        a folder, or a Hugging Face Hub id.
-        dtype:        float32, bfloat16 or float16; None for the checkpoint's own.
-        quantization: of the experts, one of quantize.MODES; None as the checkpoint has them.
-        attention:    one of attention.BACKENDS.
+        model:     a folder, or a Hugging Face Hub id.
+        dtype:     float32, bfloat16 or float16; None for the checkpoint's own.
+        expert_quantization, attention_quantization: of quantize.MODES; None as the checkpoint has
+                   experts, and the matrices of attention.
+        attention: one of attention.BACKENDS.
         Raises ModelError naming what is missing or wrong.
         """
         folder = resolve(model)
         checkpoint = Checkpoint(
-            folder, dtype=torch_dtype(dtype), device=device, quantization=quantization
+            folder,
+            dtype=torch_dtype(dtype),
+            device=device,
+            expert_quantization=expert_quantization,
+            attention_quantization=attention_quantization,
         )
         if checkpoint.config.labels is not None:
             raise ConfigError(
@@ -149,7 +143,7 @@ class Mixtral:
         Raises SamplingError naming the parameter, or PromptError.
         """
         prompts = [self.tokenizer.encode_prompt(prompt)]
-        options = _TextOptions(stop, continues_text=bool(prompt))
+        options = TextOptions(stop, continues_text=bool(prompt))
         num_texts = _check_count(num_return_sequences)
         if num_beams != 1:
             beams = beam.BeamParams(
@@ -173,7 +167,7 @@ class Mixtral:
         self, messages: Sequence[Message], *, stop: str | Sequence[str] = (), **params: Any
     ) -> str:
         """The assistant's next turn; `stop` and `params` as in `generate`."""
-        options = _TextOptions(stop, continues_text=False)
+        options = TextOptions(stop, continues_text=False)
         pieces = self._texts([self.chat.encode(messages)], [self._params(params)], options)
         return "".join([piece for _, piece in pieces])
 
@@ -181,7 +175,7 @@ class Mixtral:
         self, prompt: str, *, stop: str | Sequence[str] = (), **params: Any
     ) -> Iterator[str]:
         """Continue a text, piece by piece as it comes; `stop` and `params` as in `generate`."""
-        options = _TextOptions(stop, continues_text=bool(prompt))
+        options = TextOptions(stop, continues_text=bool(prompt))
         prompts = [self.tokenizer.encode_prompt(prompt)]
         for _, piece in self._texts(prompts, [self._params(params)], options):
             yield piece
@@ -298,7 +292,7 @@ class Mixtral:
         self,
         prompts: Sequence[Sequence[int]],
         params: Sequence[SamplingParams],
-        options: "_TextOptions",
+        options: TextOptions,
     ) -> Iterator[tuple[int, str]]:
         """Pieces of all prompts' texts as they come, with the prompt's index."""
         self._check(prompts, params)
@@ -318,7 +312,7 @@ class Mixtral:
         params: SamplingParams,
         beams: beam.BeamParams,
         num_texts: int,
-        options: "_TextOptions",
+        options: TextOptions,
     ) -> Iterator[tuple[int, str]]:
         """The best beams' texts, whole, with their rank."""
         if num_texts > beams.num_beams:
@@ -352,16 +346,3 @@ def _check_count(num_return_sequences: int | None) -> int:
             f"num_return_sequences must be at least 1, not {num_return_sequences}",
         )
     return num_return_sequences
-
-
-class _TextOptions:
-    """How ids become text: where it stops, and whether it continues another."""
-
-    def __init__(self, stop: str | Sequence[str], *, continues_text: bool) -> None:
-        self._stop_strings = (stop,) if isinstance(stop, str) else tuple(stop)
-        if "" in self._stop_strings:
-            raise SamplingError("stop", "a stop string must not be empty")
-        self._continues_text = continues_text
-
-    def new_text(self, tokenizer: Tokenizer) -> TextStream:
-        return TextStream(tokenizer, self._stop_strings, continues_text=self._continues_text)

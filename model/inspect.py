@@ -1,13 +1,13 @@
 """What is in a checkpoint, and what memory it takes to serve it. Reads headers, never values."""
 
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import get_args
 
 from model.config import MixtralConfig
+from model.errors import CheckpointError
 from model.layouts import Part
-from model.quantize import quantized_bytes
+from model.quantized_copy import attention_bytes, expert_bytes
 from model.weights import Checkpoint
 
 _DENSE = {"float32": 4, "bfloat16": 2}
@@ -26,14 +26,17 @@ class PartSize:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of weights that processes keep when experts are held in one form.
+    """Bytes of weights that processes keep in one form. KV cache and buffers come on top.
 
-    KV cache and buffers come on top. int8, int4 and nf4 are for experts: the head then keeps its
-    weights in the checkpoint's own dtype.
+    int8, int4 and nf4 are for experts and the matrices of attention: the rest of a head stays in
+    the checkpoint's own dtype.
     """
 
     form: str
     head_bytes: int
+    """Attention dense."""
+    quantized_head_bytes: int
+    """Attention in this form, too; of float32 and bfloat16 the same as head_bytes."""
     expert_bytes: int
     worker_bytes: int
     """Of the worker with most experts, when they are spread evenly."""
@@ -72,9 +75,15 @@ def inspect(folder: Path, *, num_workers: int = 1) -> Inspection:
     """Read all headers of a checkpoint and add up.
 
     Raises ConfigError or CheckpointError when the checkpoint is not whole: a file or tensor is
-    missing, of another shape or surplus. Damaged values are found only by loading.
+    missing, of another shape or surplus. Damaged values are found only by loading. Raises
+    CheckpointError for a quantised copy, too.
     """
     checkpoint = Checkpoint(folder)
+    if checkpoint.expert_quantization is not None:
+        raise CheckpointError(
+            f"{folder} is a copy with experts in {checkpoint.expert_quantization}: "
+            "inspect the checkpoint that it was made of"
+        )
     config = checkpoint.config
     parameters = dict.fromkeys(get_args(Part), 0)
     stored_bytes = dict.fromkeys(get_args(Part), 0)
@@ -106,16 +115,16 @@ def inspect(folder: Path, *, num_workers: int = 1) -> Inspection:
 
 
 def _memory(checkpoint: Checkpoint, *, experts_per_worker: int) -> tuple[Memory, ...]:
-    config = checkpoint.config
-    hidden, inner = config.hidden_size, config.intermediate_size
-    shapes = ((2 * inner, hidden), (hidden, inner))  # w1 and w3 are kept as one matrix
-    num_head_parameters = checkpoint.decoder_bytes // checkpoint.dtype.itemsize
-    head_bytes = {form: num_head_parameters * size for form, size in _DENSE.items()}
-    expert_bytes = {form: sum(map(prod, shapes)) * size for form, size in _DENSE.items()}
+    config, own_size = checkpoint.config, checkpoint.dtype.itemsize
+    head_bytes = checkpoint.decoder_bytes
+    attention = (source for source in checkpoint.sources.values() if source.part == "attention")
+    num_attention_parameters = sum(source.num_elements for source in attention)
+    rows = []
+    for form, size in _DENSE.items():
+        of_head = head_bytes // own_size * size
+        rows.append((form, of_head, of_head, config.num_expert_parameters * size))
     for form in _QUANTIZED:
-        head_bytes[form] = checkpoint.decoder_bytes
-        expert_bytes[form] = sum(quantized_bytes(form, shape) for shape in shapes)
-    return tuple(
-        Memory(form, head_bytes[form], expert_bytes[form], expert_bytes[form] * experts_per_worker)
-        for form in (*_DENSE, *_QUANTIZED)
-    )
+        of_attention = config.num_hidden_layers * attention_bytes(config, form)
+        quantized = head_bytes - num_attention_parameters * own_size + of_attention
+        rows.append((form, head_bytes, quantized, expert_bytes(config, form)))
+    return tuple(Memory(*row, worker_bytes=row[-1] * experts_per_worker) for row in rows)

@@ -3,11 +3,12 @@
     config.json                        the source's (or made of Mistral's params.json), its dtype
                                        that of the copy
     tokenizer files, chat template, generation_config.json    as in the source
-    model.safetensors.index.json       the tensors that are no expert's, by the per-expert layout's
+    model.safetensors.index.json       the tensors that stay dense, by the per-expert layout's
     model-LLL.safetensors, ...         names: one file per layer, and model-outer for the rest
     experts-LLL-EEE.safetensors        one expert's parts: `w13.codes`, `w13.scales`, `w2.codes`...
-    quantization.json                  format, version and mode; written last, so a copy that was
-                                       interrupted does not pass for one
+    attention-LLL.safetensors          one layer's, where attention is quantised: `wqkv.codes`...
+    quantization.json                  format, version, modes of experts and attention; written
+                                       last, so a copy that was interrupted does not pass for one
 
 Writing holds one layer's attention or one expert at a time. How matrices are quantised is
 `quantize`'s business.
@@ -15,7 +16,7 @@ Writing holds one layer's attention or one expert at a time. How matrices are qu
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,8 @@ from torch import Tensor
 
 from model.config import MixtralConfig
 from model.errors import CheckpointError, QuantizationError
-from model.experts import ExpertWeights, Matrix
+from model.experts import ExpertWeights
+from model.linear import Matrix, Weight
 from model.quantize import (
     check_parts,
     matrix,
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
     from model.weights import Checkpoint
 
 FORMAT = "maestrale-quantized"
-VERSION = 1
+VERSION = 2
 MARKER = "quantization.json"
 
 _COPIED = (
@@ -57,18 +59,18 @@ _Shapes = dict[str, tuple[int, int]]
 
 
 class QuantizedCopy:
-    """The experts of a quantised copy, opened for reading. Not thread-safe."""
+    """What a quantised copy holds in fewer bits, opened for reading. Not thread-safe."""
 
     def __init__(self, folder: Path, config: MixtralConfig) -> None:
         """Raises CheckpointError when the marker is not one that this version can read."""
-        self.mode = _read_marker(folder / MARKER)
+        self.expert_mode, self.attention_mode = _read_marker(folder / MARKER)
         self._folder = folder
-        self._shapes = _expert_shapes(config)
+        self._config = config
 
-    @staticmethod
-    def is_at(folder: Path) -> bool:
-        """Whether the folder is a quantised copy."""
-        return (folder / MARKER).exists()
+    @classmethod
+    def at(cls, folder: Path, config: MixtralConfig) -> "QuantizedCopy | None":
+        """The copy in this folder; None where there is none. Raises CheckpointError."""
+        return cls(folder, config) if (folder / MARKER).exists() else None
 
     def load_expert(
         self, layer: int, expert_id: int, *, dtype: torch.dtype, device: torch.device
@@ -77,47 +79,23 @@ class QuantizedCopy:
 
         Raises CheckpointError naming file and part; QuantizationError without the mode's library.
         """
-        file = SafetensorsFile(self._folder / _expert_file(layer, expert_id))
-        known = {
-            f"{name}.{part}"
-            for name, shape in self._shapes.items()
-            for part in part_specs(self.mode, shape)
-        }
-        if file.tensors.keys() != known:
-            raise CheckpointError(
-                f"{file.path} holds {sorted(file.tensors)}, {self.mode} has {sorted(known)}"
-            )
-        loaded = {
-            name: self._load(file, name, shape, dtype, device)
-            for name, shape in self._shapes.items()
-        }
+        file = self._folder / _expert_file(layer, expert_id)
+        shapes = _expert_shapes(self._config)
+        loaded = _load_matrices(file, self.expert_mode, shapes, dtype=dtype, device=device)
         return ExpertWeights(w13_2FD=loaded["w13"], w2_DF=loaded["w2"])
 
-    def _load(
-        self,
-        file: SafetensorsFile,
-        name: str,
-        shape: tuple[int, int],
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> Matrix:
-        parts: dict[str, Tensor] = {}
-        for part, spec in part_specs(self.mode, shape).items():
-            stored = file.tensors[f"{name}.{part}"]
-            if (stored.dtype, stored.shape) != (spec.dtype, spec.shape):
-                raise CheckpointError(
-                    f"{file.path}: {name}.{part} is {stored.dtype} of shape {stored.shape}, "
-                    f"{self.mode} has {spec.dtype} of shape {spec.shape}"
-                )
-            run = torch.empty(stored.shape, dtype=stored.dtype)
-            file.read(f"{name}.{part}", 0, run.view(-1))
-            parts[part] = run
-        try:
-            check_parts(parts, self.mode, shape)
-        except ValueError as error:
-            raise CheckpointError(f"{file.path}: {name}.{error}") from error
-        on_device = {part: tensor.to(device) for part, tensor in parts.items()}
-        return matrix(on_device, self.mode, shape, dtype)
+    def load_attention(
+        self, layer: int, *, dtype: torch.dtype, device: torch.device
+    ) -> tuple[Matrix, Matrix]:
+        """wqkv and wo of a layer, for rows of that dtype; only where there is an attention_mode.
+
+        Raises CheckpointError naming file and part; QuantizationError without the mode's library.
+        """
+        assert self.attention_mode is not None, "this copy's attention is dense"
+        file = self._folder / _attention_file(layer)
+        shapes = _attention_shapes(self._config)
+        loaded = _load_matrices(file, self.attention_mode, shapes, dtype=dtype, device=device)
+        return loaded["wqkv"], loaded["wo"]
 
 
 def save_quantized(
@@ -125,27 +103,42 @@ def save_quantized(
     target: Path,
     mode: str,
     on_bytes: Callable[[int], None] = lambda num_bytes: None,
+    *,
+    attention_mode: str | None = None,
 ) -> None:
     """Write the copy of a checkpoint, in the checkpoint's dtype, its experts quantised.
 
-    on_bytes: called with the size of each tensor or expert as it is written.
-    Raises QuantizationError for the mode, CheckpointError for the source or a target in use.
+    attention_mode: of attention's matrices; None leaves them dense.
+    on_bytes: called with sizes as they are written.
+    Raises QuantizationError for a mode, CheckpointError for the source or a target in use.
     """
-    require(mode)
-    if source.quantization is not None:
-        raise QuantizationError(f"{source.folder} is read as {source.quantization} already")
+    for each in filter(None, (mode, attention_mode)):
+        require(each)
+    already = source.expert_quantization or source.attention_quantization
+    if already is not None:
+        raise QuantizationError(f"{source.folder} is read as {already} already")
     try:
         target.mkdir(parents=True, exist_ok=True)
         if any(target.iterdir()):
             raise CheckpointError(f"{target} is not empty; a copy needs a folder of its own")
         _copy_files(source, target)
-        _write_decoder(source, target, on_bytes)
+        quantized_parts = ("experts", "attention") if attention_mode else ("experts",)
+        _write_dense(source, target, quantized_parts, on_bytes)
         for layer in range(source.config.num_hidden_layers):
+            if attention_mode is not None:
+                wqkv, wo = source.load_attention(layer)
+                weights = {"wqkv": wqkv, "wo": wo}
+                on_bytes(_write_parts(target / _attention_file(layer), weights, attention_mode))
             for expert_id in range(source.config.num_local_experts):
-                parts = _quantize_expert(source.load_expert(layer, expert_id), mode)
-                save_file(parts, target / _expert_file(layer, expert_id))
-                on_bytes(sum(part.nbytes for part in parts.values()))
-        marker = {"format": FORMAT, "version": VERSION, "mode": mode}
+                expert = source.load_expert(layer, expert_id)
+                weights = {"w13": expert.w13_2FD, "w2": expert.w2_DF}
+                on_bytes(_write_parts(target / _expert_file(layer, expert_id), weights, mode))
+        marker = {
+            "format": FORMAT,
+            "version": VERSION,
+            "experts": mode,
+            "attention": attention_mode,
+        }
         (target / MARKER).write_text(json.dumps(marker) + "\n", encoding="utf-8")
     except OSError as error:
         raise CheckpointError(f"{target} cannot be written: {error}") from error
@@ -156,23 +149,74 @@ def expert_bytes(config: MixtralConfig, mode: str) -> int:
     return sum(quantized_bytes(mode, shape) for shape in _expert_shapes(config).values())
 
 
+def attention_bytes(config: MixtralConfig, mode: str) -> int:
+    """Memory of one layer's quantised attention. Raises QuantizationError for an unknown mode."""
+    return sum(quantized_bytes(mode, shape) for shape in _attention_shapes(config).values())
+
+
 def _expert_shapes(config: MixtralConfig) -> _Shapes:
     hidden, inner = config.hidden_size, config.intermediate_size
     return {"w13": (2 * inner, hidden), "w2": (hidden, inner)}
+
+
+def _attention_shapes(config: MixtralConfig) -> _Shapes:
+    hidden, q_size = config.hidden_size, config.num_attention_heads * config.head_dim
+    kv_size = config.num_key_value_heads * config.head_dim
+    return {"wqkv": (q_size + 2 * kv_size, hidden), "wo": (hidden, q_size)}
 
 
 def _expert_file(layer: int, expert_id: int) -> str:
     return f"experts-{layer:03}-{expert_id:03}.safetensors"
 
 
-def _quantize_expert(weights: ExpertWeights, mode: str) -> dict[str, Tensor]:
-    """All parts of an expert, as they are named in its file."""
+def _attention_file(layer: int) -> str:
+    return f"attention-{layer:03}.safetensors"
+
+
+def _write_parts(file: Path, weights: Mapping[str, Weight], mode: str) -> int:
+    """Write all parts of these matrices; returns their bytes."""
     parts: dict[str, Tensor] = {}
-    for name, weight in (("w13", weights.w13_2FD), ("w2", weights.w2_DF)):
+    for name, weight in weights.items():
         assert isinstance(weight, Tensor), "save_quantized has looked"
         for part, tensor in quantize(weight, mode).items():
             parts[f"{name}.{part}"] = tensor.cpu().contiguous()
-    return parts
+    save_file(parts, file)
+    return sum(part.nbytes for part in parts.values())
+
+
+def _load_matrices(
+    path: Path, mode: str, shapes: _Shapes, *, dtype: torch.dtype, device: torch.device
+) -> dict[str, Matrix]:
+    """All matrices of a file that `_write_parts` wrote."""
+    file = SafetensorsFile(path)
+    known = {f"{name}.{part}" for name in shapes for part in part_specs(mode, shapes[name])}
+    if file.tensors.keys() != known:
+        raise CheckpointError(f"{path} holds {sorted(file.tensors)}, {mode} has {sorted(known)}")
+    return {
+        name: matrix(_load_parts(file, name, mode, shape, device), mode, shape, dtype)
+        for name, shape in shapes.items()
+    }
+
+
+def _load_parts(
+    file: SafetensorsFile, name: str, mode: str, shape: tuple[int, int], device: torch.device
+) -> dict[str, Tensor]:
+    parts: dict[str, Tensor] = {}
+    for part, spec in part_specs(mode, shape).items():
+        stored = file.tensors[f"{name}.{part}"]
+        if (stored.dtype, stored.shape) != (spec.dtype, spec.shape):
+            raise CheckpointError(
+                f"{file.path}: {name}.{part} is {stored.dtype} of shape {stored.shape}, "
+                f"{mode} has {spec.dtype} of shape {spec.shape}"
+            )
+        run = torch.empty(stored.shape, dtype=stored.dtype)
+        file.read(f"{name}.{part}", 0, run.view(-1))
+        parts[part] = run
+    try:
+        check_parts(parts, mode, shape)
+    except ValueError as error:
+        raise CheckpointError(f"{file.path}: {name}.{error}") from error
+    return {part: tensor.to(device) for part, tensor in parts.items()}
 
 
 def _copy_files(source: "Checkpoint", target: Path) -> None:
@@ -190,11 +234,14 @@ def _copy_files(source: "Checkpoint", target: Path) -> None:
     (target / "config.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
-def _write_decoder(source: "Checkpoint", target: Path, on_bytes: Callable[[int], None]) -> None:
+def _write_dense(
+    source: "Checkpoint", target: Path, without: Collection[str], on_bytes: Callable[[int], None]
+) -> None:
+    """Write all tensors but those of some parts of the model."""
     file_of = {
-        name: _decoder_file(name)
+        name: _dense_file(name)
         for name, stored in source.sources.items()
-        if stored.part != "experts"
+        if stored.part not in without
     }
     for file_name in sorted(set(file_of.values())):
         names = [name for name, its_file in file_of.items() if its_file == file_name]
@@ -204,13 +251,14 @@ def _write_decoder(source: "Checkpoint", target: Path, on_bytes: Callable[[int],
     (target / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
-def _decoder_file(tensor_name: str) -> str:
+def _dense_file(tensor_name: str) -> str:
     """`model.layers.7. ...` goes to layer 7's file, everything else to one of its own."""
     pieces = tensor_name.split(".")
     return f"model-{int(pieces[2]):03}.safetensors" if pieces[1] == "layers" else _OUTER_FILE
 
 
-def _read_marker(file: Path) -> str:
+def _read_marker(file: Path) -> tuple[str, str | None]:
+    """The modes of experts and attention."""
     try:
         marker = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -222,9 +270,12 @@ def _read_marker(file: Path) -> str:
             f"{file} is of version {marker.get('version')!r}, this is for version {VERSION}: "
             "quantise the checkpoint again"
         )
-    mode = str(marker.get("mode"))
+    expert_mode, attention_mode = str(marker.get("experts")), marker.get("attention")
+    if attention_mode is not None:
+        attention_mode = str(attention_mode)
     try:
-        part_specs(mode, (1, 1))
+        for mode in filter(None, (expert_mode, attention_mode)):
+            part_specs(mode, (1, 1))
     except QuantizationError as error:
         raise CheckpointError(f"{file}: {error}") from error
-    return mode
+    return expert_mode, attention_mode

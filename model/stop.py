@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from model.errors import SamplingError
 from model.tokenizer import StreamDecoder, Tokenizer
 
 
@@ -62,6 +63,24 @@ class TextStream:
             return ""
         shown, self.is_stopped = self._matcher.push(text)
         return shown
+
+
+class TextOptions:
+    """How the ids of a call's completions become text: where it stops, and what stands before."""
+
+    def __init__(self, stop: str | Sequence[str], *, continues_text: bool) -> None:
+        """stop: strings that end a text; raises SamplingError for an empty one.
+
+        continues_text: whether the completions go on with a text, rather than begin one.
+        """
+        self._stop_strings = (stop,) if isinstance(stop, str) else tuple(stop)
+        if "" in self._stop_strings:
+            raise SamplingError("stop", "a stop string must not be empty")
+        self._continues_text = continues_text
+
+    def new_text(self, tokenizer: Tokenizer) -> TextStream:
+        """For the next completion."""
+        return TextStream(tokenizer, self._stop_strings, continues_text=self._continues_text)
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from model import layouts
-from model.config import MixtralConfig
-from model.errors import CheckpointError, QuantizationError
+from model.config import DTYPES, MixtralConfig
+from model.errors import CheckpointError, ConfigError, QuantizationError
 from model.experts import ExpertWeights
 from model.labels import ARCHITECTURE
-from model.quantize import quantize_expert, require
-from model.quantized_copy import QuantizedCopy, expert_bytes
+from model.linear import Weight
+from model.quantize import quantized, require
+from model.quantized_copy import QuantizedCopy, attention_bytes, expert_bytes
 from model.tensor_files import StoredTensor, WeightFile, WeightFiles
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # fp8 needs scales
@@ -30,14 +31,24 @@ def ignore_bytes(num_bytes: int) -> None:
     """An OnBytes for callers that show no progress."""
 
 
+def torch_dtype(name: str | None) -> torch.dtype | None:
+    """torch's dtype by its name; None (the checkpoint's own) for None. Raises ConfigError."""
+    if name is None:
+        return None
+    if name not in DTYPES:
+        raise ConfigError(f"dtype {name!r} is not one of {', '.join(DTYPES)}")
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
 @dataclass(frozen=True)
 class LayerWeights:
     """Attention, norms and router of one layer; q, k and v stacked into one matrix."""
 
     attention_norm_D: Tensor
-    wqkv: Tensor
+    wqkv: Weight
     qkv_sizes: tuple[int, int, int]
-    wo: Tensor
+    wo: Weight
     experts_norm_D: Tensor
     gate_ED: Tensor
 
@@ -62,11 +73,12 @@ class Checkpoint:
         *,
         dtype: torch.dtype | None = None,
         device: str | torch.device = "cpu",
-        quantization: str | None = None,
+        expert_quantization: str | None = None,
+        attention_quantization: str | None = None,
     ) -> None:
         """dtype: what to convert to; None keeps the configuration's.
-        quantization: in which of `quantize.MODES` to hold the experts; None for a quantised copy's
-                      own, and none for any other folder.
+        expert_quantization, attention_quantization: in which of `quantize.MODES` to hold experts,
+            and q, k, v and o of attention; None for a quantised copy's own, and none for any other.
 
         Raises ConfigError or CheckpointError, naming the file; the latter also for tensors that no
         Mixtral of this configuration has. Raises QuantizationError for a mode that cannot be had.
@@ -75,14 +87,14 @@ class Checkpoint:
         self.config = MixtralConfig.from_folder(folder)
         self.dtype = dtype or getattr(torch, self.config.dtype)
         self.device = torch.device(device)
-        self._copy = QuantizedCopy(folder, self.config) if QuantizedCopy.is_at(folder) else None
-        self.quantization = self._copy.mode if self._copy else quantization
-        if quantization is not None:
-            require(quantization)
-            if quantization != self.quantization:
-                raise QuantizationError(
-                    f"{folder} holds its experts as {self.quantization}, not as {quantization}"
-                )
+        self._copy = QuantizedCopy.at(folder, self.config)
+        held = (self._copy.expert_mode, self._copy.attention_mode) if self._copy else (None, None)
+        self.expert_quantization = _agreed_mode(
+            expert_quantization, held[0], f"{folder} holds its experts"
+        )
+        self.attention_quantization = _agreed_mode(
+            attention_quantization, held[1], f"{folder} holds its attention"
+        )
         self.files = WeightFiles(folder)
         self.layout = layouts.detect(self.files.file_of, is_mistrals=self.files.is_mistrals)
         self.sources = layouts.sources(self.config, self.layout)
@@ -94,15 +106,20 @@ class Checkpoint:
     @property
     def expert_bytes(self) -> int:
         """Bytes of one (layer, expert) once loaded."""
-        if self.quantization is not None:
-            return expert_bytes(self.config, self.quantization)
+        if self.expert_quantization is not None:
+            return expert_bytes(self.config, self.expert_quantization)
         return self.config.num_expert_parameters * self.dtype.itemsize
 
     @property
     def decoder_bytes(self) -> int:
         """Bytes of everything but the experts once loaded."""
-        others = (source for source in self.sources.values() if source.part != "experts")
-        return sum(source.num_elements for source in others) * self.dtype.itemsize
+        not_dense, quantized_bytes = {"experts"}, 0
+        if self.attention_quantization is not None:
+            not_dense.add("attention")
+            per_layer = attention_bytes(self.config, self.attention_quantization)
+            quantized_bytes = self.config.num_hidden_layers * per_layer
+        dense = (source for source in self.sources.values() if source.part not in not_dense)
+        return sum(source.num_elements for source in dense) * self.dtype.itemsize + quantized_bytes
 
     def stored(self, name: str) -> StoredTensor:
         """How a tensor, named as in the per-expert layout, is stored; reads only its file's header.
@@ -124,13 +141,13 @@ class Checkpoint:
         layers = []
         for layer in range(config.num_hidden_layers):
             prefix = f"model.layers.{layer}"
-            qkv = tuple(f"{prefix}.self_attn.{name}_proj.weight" for name in "qkv")
+            wqkv, wo = self.load_attention(layer, on_bytes)
             layers.append(
                 LayerWeights(
                     attention_norm_D=load(f"{prefix}.input_layernorm.weight"),
-                    wqkv=self._load(qkv, on_bytes),
+                    wqkv=wqkv,
                     qkv_sizes=(q_size, kv_size, kv_size),
-                    wo=load(f"{prefix}.self_attn.o_proj.weight"),
+                    wo=wo,
                     experts_norm_D=load(f"{prefix}.post_attention_layernorm.weight"),
                     gate_ED=load(f"{prefix}.block_sparse_moe.gate.weight"),
                 )
@@ -145,21 +162,31 @@ class Checkpoint:
         self, layer: int, expert_id: int, on_bytes: OnBytes = ignore_bytes
     ) -> ExpertWeights:
         """One expert of one layer. Raises CheckpointError naming file and tensor."""
-        if self.quantization is None:
-            return self._load_dense_expert(layer, expert_id, on_bytes)
         if self._copy is not None:
             weights = self._copy.load_expert(layer, expert_id, dtype=self.dtype, device=self.device)
-        else:
-            dense = self._load_dense_expert(layer, expert_id, ignore_bytes)
-            weights = quantize_expert(dense, self.quantization)
-        on_bytes(weights.num_bytes)
-        return weights
-
-    def _load_dense_expert(self, layer: int, expert_id: int, on_bytes: OnBytes) -> ExpertWeights:
-        prefix = f"model.layers.{layer}.block_sparse_moe.experts.{expert_id}"
+            on_bytes(weights.num_bytes)
+            return weights
+        w1, w2, w3 = (
+            f"model.layers.{layer}.block_sparse_moe.experts.{expert_id}.{name}.weight"
+            for name in ("w1", "w2", "w3")
+        )
+        mode = self.expert_quantization
         return ExpertWeights(
-            w13_2FD=self._load((f"{prefix}.w1.weight", f"{prefix}.w3.weight"), on_bytes),
-            w2_DF=self._load((f"{prefix}.w2.weight",), on_bytes),
+            w13_2FD=self._load_matrix((w1, w3), mode, on_bytes),
+            w2_DF=self._load_matrix((w2,), mode, on_bytes),
+        )
+
+    def load_attention(self, layer: int, on_bytes: OnBytes = ignore_bytes) -> tuple[Weight, Weight]:
+        """q, k and v of a layer as one matrix, and o. Raises CheckpointError naming the tensor."""
+        if self._copy is not None and self._copy.attention_mode is not None:
+            wqkv, wo = self._copy.load_attention(layer, dtype=self.dtype, device=self.device)
+            on_bytes(wqkv.nbytes + wo.nbytes)
+            return wqkv, wo
+        q, k, v, o = (f"model.layers.{layer}.self_attn.{name}_proj.weight" for name in "qkvo")
+        mode = self.attention_quantization
+        return (
+            self._load_matrix((q, k, v), mode, on_bytes),
+            self._load_matrix((o,), mode, on_bytes),
         )
 
     def load_experts(
@@ -171,6 +198,14 @@ class Checkpoint:
     def load_tensor(self, name: str) -> Tensor:
         """One tensor by its name in the per-expert layout. Raises CheckpointError."""
         return self._load((name,), ignore_bytes)
+
+    def _load_matrix(self, names: tuple[str, ...], mode: str | None, on_bytes: OnBytes) -> Weight:
+        """These tensors as one matrix, quantised before the next is read."""
+        if mode is None:
+            return self._load(names, on_bytes)
+        matrix = quantized(self._load(names, ignore_bytes), mode)
+        on_bytes(matrix.nbytes)
+        return matrix
 
     def _load(self, names: tuple[str, ...], on_bytes: OnBytes) -> Tensor:
         """These tensors, one below the other in one. Each is read straight into its place."""
@@ -232,3 +267,16 @@ class Checkpoint:
                     f"{path}: {name} is a tensor that the configured Mixtral does not have "
                     f"(layout: {self.layout.value}){hint}"
                 )
+
+
+def _agreed_mode(wanted: str | None, held: str | None, holds: str) -> str | None:
+    """The mode for a part of the model: what a copy holds it in, or what is wanted.
+
+    Raises QuantizationError when these differ or the wanted mode cannot be had.
+    """
+    if wanted is None:
+        return held
+    require(wanted)
+    if held not in (None, wanted):
+        raise QuantizationError(f"{holds} as {held}, not as {wanted}")
+    return wanted

@@ -193,6 +193,8 @@ class Worker:
         self.calls: list[wire.Call] = []
         self.fail_at: set[int] = set()
         """Calls, counted from 1, whose answer gets lost with the connection."""
+        self.compute_s = 0.0
+        """What it says that it computed for."""
         self._config = mixtral.config
         self._dtype = mixtral.decoder.dtype
 
@@ -201,7 +203,7 @@ class Worker:
         self.calls.append(call)
         experts = {e: self.held[call.layer, e] for e, _ in call.assignments.counts}
         sums_RD = weighted_sums(experts, call.x_RD, call.assignments)
-        return wire.encode_reply(call.call_id, self.info.incarnation, sums_RD, 0.0)
+        return wire.encode_reply(call.call_id, self.info.incarnation, sums_RD, self.compute_s)
 
 
 class Workers:
@@ -239,12 +241,12 @@ class MemoryStream:
     def send(self, call: wire.Call) -> None:
         self._replies.append(self._worker.answer(wire.encode_call(call)))
 
-    def receive(self, call: wire.Call) -> Tensor:
+    def receive(self, call: wire.Call) -> wire.Reply:
         if len(self._worker.calls) in self._worker.fail_at:
             raise ExpertsUnavailableError(f"{self.worker.name} was told to fail")
         reply = wire.decode_reply(self._replies.pop(0))
         assert reply.call_id == call.call_id
-        return reply.sums_RD
+        return reply
 
     def watch(self, now: float) -> None:
         pass

@@ -19,8 +19,7 @@ from cluster.expert.batcher import Batcher
 from cluster.expert.service import ExpertService
 from cluster.metrics import WorkerMetrics
 from model.experts import ExpertWeights
-from model.generate import torch_dtype
-from model.weights import Checkpoint
+from model.weights import Checkpoint, torch_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +33,7 @@ class WorkerSettings:
     name: str
     checkpoint: Path
     dtype: str | None
-    quantization: str | None
+    expert_quantization: str | None
     device: str
     num_threads: int
     host: str
@@ -73,7 +72,7 @@ class ExpertWorker:
             settings.checkpoint,
             dtype=torch_dtype(settings.dtype),
             device=settings.device,
-            quantization=settings.quantization,
+            expert_quantization=settings.expert_quantization,
         )
         self._checkpoint = checkpoint
         self._held: dict[tuple[int, int], ExpertWeights] = {}

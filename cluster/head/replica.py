@@ -16,18 +16,15 @@ from ray import serve
 from cluster import rpc
 from cluster.config import ServeConfig
 from cluster.follow import HeadReport, follow
+from cluster.head.build import new_compiler, new_engine
 from cluster.head.dispatch import PlacementFeed, RemoteExperts
 from cluster.head.engine import Engine
 from cluster.head.probe import pass_through_every_expert
-from cluster.head.scheduler import Scheduler
 from cluster.head.service import HeadService
 from cluster.metrics import HeadMetrics
 from cluster.placement import ClusterView
-from model.blocks import BlockPool
 from model.decoder import Decoder
-from model.generate import torch_dtype
-from model.kv_cache import KVCache
-from model.weights import Checkpoint
+from model.weights import Checkpoint, torch_dtype
 from protos import head_pb2_grpc
 
 logger = logging.getLogger(__name__)
@@ -90,7 +87,10 @@ class HeadReplica:
         config = self._config
         torch.set_num_threads(config.head_threads)
         checkpoint = Checkpoint(
-            config.checkpoint_folder(), dtype=torch_dtype(config.dtype), device=config.device
+            config.checkpoint_folder(),
+            dtype=torch_dtype(config.dtype),
+            device=config.device,
+            attention_quantization=config.attention_quantization,
         )
         decoder = Decoder(checkpoint.config, checkpoint.load_decoder(), attention=config.attention)
         identity = rpc.Identity(self._name, rpc.fingerprint(checkpoint.config, config.dtype))
@@ -106,8 +106,9 @@ class HeadReplica:
                     return
             pass_through_every_expert(decoder, experts)
             metrics = HeadMetrics()
-            self._engine = self._new_engine(decoder, experts, metrics)
-            service = HeadService(self._engine, identity, metrics)
+            grammars = new_compiler(checkpoint)
+            self._engine = new_engine(config, decoder, experts, metrics, grammars)
+            service = HeadService(self._engine, identity, metrics, grammars)
             self._server, address = rpc.new_server(config.data_plane_host)
             head_pb2_grpc.add_HeadServicer_to_server(service, self._server)
             self._server.start()
@@ -116,30 +117,6 @@ class HeadReplica:
             self._engine.run()
         finally:
             experts.close()
-
-    def _new_engine(self, decoder: Decoder, experts: RemoteExperts, metrics: HeadMetrics) -> Engine:
-        config = self._config
-        max_model_len = config.max_model_len or decoder.config.max_position_embeddings
-        block_bytes = config.block_size * decoder.config.kv_bytes_per_token(decoder.dtype.itemsize)
-        # never more than all running sequences at full length can fill
-        useful_blocks = config.max_running_sequences * -(-max_model_len // config.block_size)
-        num_blocks = min(config.kv_cache_bytes // block_bytes, useful_blocks)
-        pool = BlockPool(num_blocks=num_blocks, block_size=config.block_size)
-        cache = KVCache(
-            decoder.config,
-            num_blocks=num_blocks,
-            block_size=config.block_size,
-            dtype=decoder.dtype,
-            device=decoder.device,
-        )
-        logger.info("%s: %s holds %d tokens", self._name, cache, num_blocks * config.block_size)
-        scheduler = Scheduler(
-            pool,
-            max_running=config.max_running_sequences,
-            max_tokens_per_step=config.max_tokens_per_step,
-            sliding_window=decoder.config.sliding_window,
-        )
-        return Engine(decoder, cache, scheduler, experts, metrics, max_model_len=max_model_len)
 
     def _say(self, report: HeadReport) -> None:
         """Tell the controller at once, rather than with the next call of `follow`."""

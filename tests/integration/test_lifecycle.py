@@ -129,8 +129,8 @@ def copy_checkpoint(source: Path, target: Path, *, without: tuple[str, ...] = ()
             (target / file.name).write_bytes(file.read_bytes())
 
 
-def test_workers_with_quantised_experts_hold_a_fraction_and_still_tell_stories() -> None:
-    service = Service.start("--experts", "int4")
+def test_quantised_workers_hold_a_fraction_and_a_quantised_head_still_answers() -> None:
+    service = Service.start("--experts", "int4", "--attention-weights", "int8")
     try:
         with service.client() as client:
             held = sum(worker.num_bytes for worker in client.ready().workers)
@@ -152,11 +152,18 @@ def test_inspect_names_every_part_of_a_checkpoint(tiny_folder: Path) -> None:
 
 def test_a_quantised_copy_is_used_like_any_checkpoint(tmp_path: Path, tiny_folder: Path) -> None:
     copy = tmp_path / "copy"
-    ended = run("quantize", str(tiny_folder), str(copy), "--mode", "int8")
+    ended = run(
+        "quantize", str(tiny_folder), str(copy), "--mode", "int8", "--attention-weights", "int8"
+    )
     assert ended.returncode == 0, ended.stderr
     assert "s left" in ended.stderr  # progress: bytes, rate, time left
-    told = run("generate", "--local", "--model", str(copy), "--prompt", PROMPT, "--max-tokens", "9")
-    assert told.stdout.startswith(f"{PROMPT}, there was a"), told.stderr
+    at_load = ("--experts", "int8", "--attention-weights", "int8")
+    told = [
+        run("generate", "--local", "--prompt", PROMPT, "--max-tokens", "9", *flags)
+        for flags in (("--model", str(copy)), at_load)
+    ]
+    assert told[0].stdout.startswith(f"{PROMPT}, there was a"), told[0].stderr
+    assert told[0].stdout == told[1].stdout, told[1].stderr
 
 
 def test_the_demo_tells_a_story_and_ends() -> None:

@@ -14,6 +14,7 @@ from cluster.errors import ExpertFailedError, ExpertsUnavailableError, Handshake
 from cluster.head.dispatch import PlacementFeed, RemoteExperts, WorkerStream
 from cluster.head.probe import pass_through_every_expert
 from model import TINY, Mixtral
+from model.experts import Experts, LocalExperts
 from model.sampling_params import SamplingParams
 from model.weights import Checkpoint
 from protos import expert_pb2, peer_pb2
@@ -41,7 +42,7 @@ def remote(
     experts.close()
 
 
-def with_experts(mixtral: Mixtral, experts: RemoteExperts) -> Mixtral:
+def with_experts(mixtral: Mixtral, experts: Experts) -> Mixtral:
     return Mixtral(mixtral.decoder, experts, mixtral.tokenizer, mixtral.chat)
 
 
@@ -64,6 +65,35 @@ def test_greedy_ids_are_the_oracles_on_both_paths(
     expected = oracle.greedy(prompt, GREEDY.max_tokens)
     for model in (mixtral, with_experts(mixtral, remote)):
         assert model.generate_ids([prompt], [GREEDY]) == [expected]
+
+
+def test_workers_may_hold_their_experts_in_different_forms(
+    mixtral: Mixtral, checkpoint: Checkpoint
+) -> None:
+    rough = Checkpoint(TINY, dtype=torch.float32, expert_quantization="int4")
+    each = (rough, checkpoint)
+    workers = [WorkerServer(f"worker-{index}", own) for index, own in enumerate(each)]
+    placement = placement_on(workers, checkpoint)
+    feed = PlacementFeed()
+    feed.put(placement)
+    experts = remote_experts(feed, checkpoint)
+    mixed = LocalExperts(
+        {
+            (layer, expert_id): each[placement.holder(layer, expert_id)].load_expert(
+                layer, expert_id
+            )
+            for layer, expert_id in mixtral.config.expert_units
+        }
+    )
+    try:
+        assert experts.connect(timeout_s=10)
+        here, there = (with_experts(mixtral, own).logits([1, 5, 9]) for own in (mixed, experts))
+        assert (here - there).abs().max() <= 1e-4
+        assert (here - mixtral.logits([1, 5, 9])).abs().max() > 1e-3
+    finally:
+        experts.close()
+        for worker in workers:
+            worker.stop()
 
 
 def test_bfloat16_perplexity_is_the_same_on_both_paths(stories: list[str]) -> None:

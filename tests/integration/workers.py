@@ -14,7 +14,7 @@ def table_of(checkpoint: Checkpoint, num_workers: int = 2) -> Table:
     return plan(
         num_layers=checkpoint.config.num_hidden_layers,
         num_experts=checkpoint.config.num_local_experts,
-        expert_bytes=checkpoint.expert_bytes,
+        expert_bytes=[checkpoint.expert_bytes] * num_workers,
         budgets=[None] * num_workers,
     )
 

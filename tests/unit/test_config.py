@@ -168,3 +168,16 @@ def test_a_setting_with_a_unit_in_its_name_is_a_number(suffix: str, unit: str) -
     for name, field in ServeConfig.model_fields.items():
         if name.endswith(suffix):
             assert field.annotation in (int, float, int | None), f"{name} is not in {unit}s"
+
+
+# --- quantisation ---
+
+
+def test_every_worker_may_hold_its_experts_in_another_form() -> None:
+    assert ServeConfig().worker_quantization == (None, None)
+    assert ServeConfig(expert_quantization="int4").worker_quantization == ("int4", "int4")
+    # as a Serve configuration file gives it
+    settings = ServeConfig.model_validate({"expert_quantization": ["nf4", None], "num_workers": 2})
+    assert settings.worker_quantization == ("nf4", None)
+    with pytest.raises(ValidationError, match="lists 2 workers, num_workers is 3"):
+        ServeConfig(expert_quantization=("int4", None), num_workers=3)

@@ -7,9 +7,9 @@ import torch
 
 from cluster.head.classification import Classification
 from cluster.head.engine import Event
+from cluster.head.messages import to_sequence, to_step_events
 from cluster.head.probe import pass_through_every_expert
 from cluster.head.sequence import Sequence
-from cluster.head.messages import to_sequence, to_step_events
 from model import Mixtral
 from model.classify import Classifier
 from model.decoder import Decoder

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from model.errors import CheckpointError
 from model.inspect import Inspection, inspect
-from model.quantize import quantize_expert
+from model.quantized_copy import save_quantized
 from model.weights import Checkpoint
 from tests.fakes import (
     fused,
@@ -92,14 +92,27 @@ def test_memory_is_what_loading_keeps(
 
 
 @pytest.mark.parametrize("mode", ["int8", "int4"])
-def test_memory_of_quantised_experts_is_what_quantising_keeps(
+def test_memory_of_quantised_weights_is_what_quantising_keeps(
     tmp_path: Path, tensors: dict[str, Tensor], mode: str
 ) -> None:
     folder = write_checkpoint(tmp_path, CONFIG, tensors)
     memory = {memory.form: memory for memory in inspect(folder).memory}
-    expert = quantize_expert(Checkpoint(folder, dtype=torch.float32).load_expert(0, 0), mode)
-    assert memory[mode].expert_bytes == expert.num_bytes
+    checkpoint = Checkpoint(folder, expert_quantization=mode, attention_quantization=mode)
+    assert memory[mode].expert_bytes == checkpoint.load_expert(0, 0).num_bytes
     assert memory[mode].head_bytes == memory["float32"].head_bytes  # the checkpoint's own dtype
+    arrived: list[int] = []
+    checkpoint.load_decoder(arrived.append)
+    assert memory[mode].quantized_head_bytes == sum(arrived) == checkpoint.decoder_bytes
+
+
+def test_a_quantised_copy_is_told_from_a_broken_checkpoint(
+    tmp_path: Path, tensors: dict[str, Tensor]
+) -> None:
+    (tmp_path / "source").mkdir()
+    source = write_checkpoint(tmp_path / "source", CONFIG, tensors)
+    save_quantized(Checkpoint(source), tmp_path / "copy", "int8")
+    with pytest.raises(CheckpointError, match="copy with experts in int8"):
+        inspect(tmp_path / "copy")
 
 
 def test_only_headers_are_read(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Quantised experts lose little, take what they say they take, and come back from a file whole."""
+"""Quantised weights lose little, take what they say they take, and come back from a file whole."""
 
 import json
 import math
@@ -18,7 +18,8 @@ from model.decoder import Decoder
 from model.errors import CheckpointError, QuantizationError
 from model.experts import ExpertWeights, LocalExperts, expert_ffn
 from model.generate import Mixtral
-from model.quantize import MODES, matrix, quantize, quantize_expert, quantized_bytes
+from model.linear import linear
+from model.quantize import MODES, matrix, quantize, quantized, quantized_bytes
 from model.quantized_copy import save_quantized
 from model.steps import whole_pass
 from model.weights import Checkpoint
@@ -32,6 +33,9 @@ OUTPUT_ERROR = {"nf4": 0.2, "nf4-double": 0.2, "int8": 0.02, "int4": 0.2}
 
 # the promise: how far perplexity on the held-out stories may rise
 PERPLEXITY_RISE = {"nf4": 0.02, "nf4-double": 0.02, "int8": 0.002, "int4": 0.01}
+
+OTHER_MODE = {"nf4": "int8", "nf4-double": "int4", "int8": "nf4-double", "int4": "nf4"}
+"""Of attention, where experts are in the first."""
 
 NUM_STORIES = 8
 
@@ -48,25 +52,28 @@ def random_expert(hidden: int, inner: int, dtype: torch.dtype) -> ExpertWeights:
     )
 
 
-def load(folder: Path, dtype: torch.dtype, quantization: str | None = None) -> tuple[Any, ...]:
-    checkpoint = Checkpoint(folder, dtype=dtype, quantization=quantization)
-    config = checkpoint.config
-    experts = checkpoint.load_experts(
-        (layer, expert_id)
-        for layer in range(config.num_hidden_layers)
-        for expert_id in range(config.num_local_experts)
+def quantized_expert(dense: ExpertWeights, mode: str) -> ExpertWeights:
+    assert isinstance(dense.w13_2FD, Tensor)
+    assert isinstance(dense.w2_DF, Tensor)
+    return ExpertWeights(quantized(dense.w13_2FD, mode), quantized(dense.w2_DF, mode))
+
+
+def load(
+    folder: Path, dtype: torch.dtype, experts: str | None = None, attention: str | None = None
+) -> tuple[Any, ...]:
+    checkpoint = Checkpoint(
+        folder, dtype=dtype, expert_quantization=experts, attention_quantization=attention
     )
-    return Decoder(config, checkpoint.load_decoder()), LocalExperts(experts)
+    config = checkpoint.config
+    loaded = checkpoint.load_experts(config.expert_units)
+    return Decoder(config, checkpoint.load_decoder()), LocalExperts(loaded)
 
 
 def perplexity(mixtral: Mixtral, stories: list[str]) -> float:
-    total, count = 0.0, 0
-    for story in stories:
-        ids = torch.tensor([*mixtral.tokenizer.encode_prompt(story), mixtral.tokenizer.eos_id])
-        logprobs_TV = mixtral.logits(ids.tolist())[:-1].log_softmax(-1)
-        total -= float(logprobs_TV.gather(1, ids[1:, None]).sum())
-        count += len(ids) - 1
-    return math.exp(total / count)
+    ids = [[*mixtral.tokenizer.encode_prompt(story), mixtral.tokenizer.eos_id] for story in stories]
+    loss = mixtral.forward(ids, ids).loss
+    assert loss is not None
+    return math.exp(loss)
 
 
 # --- fidelity ---
@@ -78,13 +85,35 @@ def perplexity_before(mixtral: Mixtral, stories: list[str]) -> float:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_perplexity_rises_by_less_than_promised(
-    mode: str, mixtral: Mixtral, tiny_folder: Path, stories: list[str], perplexity_before: float
+def test_perplexity_rises_by_less_than_promised_with_experts_and_attention_quantised(
+    mode: str, tiny_folder: Path, stories: list[str], perplexity_before: float
 ) -> None:
-    decoder, experts = load(tiny_folder, torch.float32, mode)
-    quantized = Mixtral(decoder, experts, mixtral.tokenizer, mixtral.chat)
-    after = perplexity(quantized, stories[:NUM_STORIES])
+    rough = Mixtral.load(
+        tiny_folder, dtype="float32", expert_quantization=mode, attention_quantization=mode
+    )
+    after = perplexity(rough, stories[:NUM_STORIES])
+    assert after != perplexity_before
     assert after <= perplexity_before * (1 + PERPLEXITY_RISE[mode])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_quantised_attention_leaves_the_rest_of_a_head_as_it_is(
+    mode: str, tiny_folder: Path
+) -> None:
+    dense = Checkpoint(tiny_folder).load_decoder()
+    rough = Checkpoint(tiny_folder, attention_quantization=mode).load_decoder()
+    x_RD = random_matrix(7, 192, torch.bfloat16) * 192**0.5
+    for before, after in zip(dense.layers, rough.layers, strict=True):
+        for name, value in vars(before).items():
+            other = getattr(after, name)
+            if name in ("wqkv", "wo"):
+                expected = linear(x_RD, value).float()
+                error = (linear(x_RD, other).float() - expected).norm()
+                assert 0 < error <= OUTPUT_ERROR[mode] * expected.norm(), name
+            elif name != "qkv_sizes":
+                assert other.equal(value), name
+    for name in ("embedding_VD", "final_norm_D", "lm_head_VD"):
+        assert getattr(rough, name).equal(getattr(dense, name)), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -95,7 +124,7 @@ def test_an_expert_computes_nearly_the_same_in_the_dtype_of_its_rows(
     dense = random_expert(192, 224, dtype)
     x_RD = random_matrix(7, 192, dtype, seed=2) * 192**0.5
     expected = expert_ffn(dense, x_RD).float()
-    output = expert_ffn(quantize_expert(dense, mode), x_RD)
+    output = expert_ffn(quantized_expert(dense, mode), x_RD)
     assert output.dtype == dtype
     assert (output.float() - expected).norm() <= OUTPUT_ERROR[mode] * expected.norm()
 
@@ -142,7 +171,7 @@ def test_a_constant_matrix_stays_what_it_is(mode: str, value: float) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_no_rows_give_no_rows(mode: str) -> None:
-    expert = quantize_expert(random_expert(32, 48, torch.bfloat16), mode)
+    expert = quantized_expert(random_expert(32, 48, torch.bfloat16), mode)
     assert expert_ffn(expert, torch.empty(0, 32, dtype=torch.bfloat16)).shape == (0, 32)
 
 
@@ -156,32 +185,59 @@ def test_no_rows_give_no_rows(mode: str) -> None:
 def test_resident_bytes_are_a_fraction_of_bfloat16s(
     mode: str, ratio: float, dtype: torch.dtype, tiny_folder: Path
 ) -> None:
-    checkpoint = Checkpoint(tiny_folder, dtype=dtype, quantization=mode)
+    checkpoint = Checkpoint(
+        tiny_folder, dtype=dtype, expert_quantization=mode, attention_quantization=mode
+    )
     arrived: list[int] = []
     weights = checkpoint.load_expert(3, 5, arrived.append)
     assert sum(arrived) == weights.num_bytes == checkpoint.expert_bytes
     assert weights.num_bytes <= ratio * 2 * checkpoint.config.num_expert_parameters
+    arrived.clear()
+    wqkv, wo = checkpoint.load_attention(3, arrived.append)
+    assert sum(arrived) == wqkv.nbytes + wo.nbytes
+    assert sum(arrived) <= ratio * 2 * (192 * (192 + 2 * 64) + 192 * 192)
 
 
 # --- copies ---
 
 
+@pytest.mark.parametrize("sizes", [(64, 32), (40, 10)], ids=["kernels", "no kernels"])
 @pytest.mark.parametrize("mode", MODES)
 def test_a_copy_read_back_gives_the_same_bits(
-    mode: str, tiny_folder: Path, mixtral: Mixtral, stories: list[str], tmp_path: Path
+    mode: str, sizes: tuple[int, int], tmp_path: Path
 ) -> None:
-    copy = tmp_path / "copy"
+    config = small_config(
+        hidden_size=sizes[0],
+        intermediate_size=sizes[1],
+        num_hidden_layers=2,
+        torch_dtype="bfloat16",
+    )
+    tensors = {name: tensor.bfloat16() for name, tensor in random_tensors(config).items()}
+    (tmp_path / "source").mkdir()
+    source = write_checkpoint(tmp_path / "source", config, tensors)
+    copy, attention = tmp_path / "copy", OTHER_MODE[mode]
     written: list[int] = []
-    save_quantized(Checkpoint(tiny_folder), copy, mode, written.append)
+    save_quantized(Checkpoint(source), copy, mode, written.append, attention_mode=attention)
     assert sum(written) <= sum(file.stat().st_size for file in copy.glob("*.safetensors"))
-    assert Checkpoint(copy).quantization == mode
-    ids = mixtral.tokenizer.encode_prompt(stories[0])[:16]
+    read_back = Checkpoint(copy)
+    assert (read_back.expert_quantization, read_back.attention_quantization) == (mode, attention)
     for dtype in (torch.float32, torch.bfloat16):
         first, second = (
-            Mixtral(*load(folder, dtype, wanted), mixtral.tokenizer, mixtral.chat).logits(ids)
-            for folder, wanted in ((tiny_folder, mode), (copy, None))
+            whole_pass(*load(folder, dtype, *wanted), [[1, 5, 3, 7], [1, 22]])
+            for folder, wanted in ((source, (mode, attention)), (copy, ()))
         )
         assert first.equal(second)
+
+
+def test_attention_that_a_copy_left_dense_may_be_quantised_at_load(
+    small: Path, tmp_path: Path
+) -> None:
+    save_quantized(Checkpoint(small), tmp_path / "copy", "int4")
+    first, second = (
+        whole_pass(*load(folder, torch.float32, "int4", "int8"), [[1, 5, 3, 7]])
+        for folder in (small, tmp_path / "copy")
+    )
+    assert first.equal(second)
 
 
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}])
@@ -278,6 +334,20 @@ def test_a_part_missing_or_too_many_is_refused(small: Path, tmp_path: Path) -> N
         Checkpoint(tmp_path / "copy").load_expert(0, 0)
 
 
+def test_attention_that_was_tampered_with_is_refused_by_name(small: Path, tmp_path: Path) -> None:
+    save_quantized(Checkpoint(small), tmp_path / "copy", "int4", attention_mode="int8")
+    file = tmp_path / "copy" / "attention-000.safetensors"
+    parts = load_file(file)
+    for part, change in (("wo.scales", set_first(math.nan)), ("wqkv.codes", set_first(-128))):
+        save_file(parts | {part: change(parts[part].clone())}, file)
+        with pytest.raises(CheckpointError, match=f"attention-000.*{part}"):
+            Checkpoint(tmp_path / "copy").load_decoder()
+    file.unlink()
+    with pytest.raises(CheckpointError, match="attention-000"):
+        Checkpoint(tmp_path / "copy").load_decoder()
+    assert Checkpoint(tmp_path / "copy").load_expert(0, 0)
+
+
 def test_a_cut_or_missing_file_is_refused_by_name(small: Path, tmp_path: Path) -> None:
     save_quantized(Checkpoint(small), tmp_path / "copy", "int4")
     file = tmp_path / "copy" / "experts-000-003.safetensors"
@@ -295,10 +365,12 @@ def test_a_cut_or_missing_file_is_refused_by_name(small: Path, tmp_path: Path) -
         ("{", "JSON"),
         ("[]", "format"),
         ({"format": "other"}, "format"),
-        ({"version": 2}, "version 2"),
-        ({"mode": "int3"}, "'int3'"),
-        ({"mode": None}, "None"),
-        ({"mode": ["int8"]}, "int8"),
+        ({"version": 1}, "version 1"),
+        ({"experts": "int3"}, "'int3'"),
+        ({"experts": None}, "None"),
+        ({"experts": ["int8"]}, "int8"),
+        ({"attention": "int3"}, "'int3'"),
+        ({"attention": {}}, "{}"),
     ],
 )
 def test_a_marker_of_something_else_is_refused(
@@ -314,14 +386,17 @@ def test_a_marker_of_something_else_is_refused(
 
 
 def test_a_copy_is_not_quantised_again(small: Path, tmp_path: Path) -> None:
-    save_quantized(Checkpoint(small), tmp_path / "copy", "int8")
-    assert Checkpoint(tmp_path / "copy", quantization="int8").quantization == "int8"
-    with pytest.raises(QuantizationError, match="as int8, not as int4"):
-        Checkpoint(tmp_path / "copy", quantization="int4")
+    save_quantized(Checkpoint(small), tmp_path / "copy", "int8", attention_mode="nf4")
+    read_back = Checkpoint(tmp_path / "copy", expert_quantization="int8")
+    assert read_back.expert_quantization == "int8"
+    with pytest.raises(QuantizationError, match="experts as int8, not as int4"):
+        Checkpoint(tmp_path / "copy", expert_quantization="int4")
+    with pytest.raises(QuantizationError, match="attention as nf4, not as int4"):
+        Checkpoint(tmp_path / "copy", attention_quantization="int4")
     with pytest.raises(QuantizationError, match="int8 already"):
-        save_quantized(Checkpoint(tmp_path / "copy"), tmp_path / "again", "int8")
-    with pytest.raises(QuantizationError, match="already"):
-        quantize_expert(Checkpoint(tmp_path / "copy").load_expert(0, 0), "int8")
+        save_quantized(read_back, tmp_path / "again", "int8")
+    with pytest.raises(QuantizationError, match="nf4 already"):
+        save_quantized(Checkpoint(small, attention_quantization="nf4"), tmp_path / "again", "int8")
 
 
 def test_a_copy_goes_into_a_folder_of_its_own(small: Path, tmp_path: Path) -> None:
@@ -337,9 +412,13 @@ def test_a_copy_goes_into_a_folder_of_its_own(small: Path, tmp_path: Path) -> No
 
 def test_an_unknown_mode_is_refused(small: Path, tmp_path: Path) -> None:
     with pytest.raises(QuantizationError, match="'awq' is not one of nf4, nf4-double, int8, int4"):
-        Checkpoint(small, quantization="awq")
+        Checkpoint(small, expert_quantization="awq")
+    with pytest.raises(QuantizationError, match="awq"):
+        Checkpoint(small, attention_quantization="awq")
     with pytest.raises(QuantizationError, match="awq"):
         save_quantized(Checkpoint(small), tmp_path / "copy", "awq")
+    with pytest.raises(QuantizationError, match="awq"):
+        save_quantized(Checkpoint(small), tmp_path / "copy", "int8", attention_mode="awq")
     assert not (tmp_path / "copy").exists()
 
 
@@ -352,9 +431,9 @@ def test_only_nf4_needs_bitsandbytes(
     # a head reads everything but the experts, whatever they are
     assert Checkpoint(tmp_path / "copy").load_decoder()
     if not mode.startswith("nf4"):
-        assert Checkpoint(small, quantization=mode).load_expert(0, 0)
+        assert Checkpoint(small, expert_quantization=mode).load_expert(0, 0)
         return
     with pytest.raises(QuantizationError, match=r"bitsandbytes.*maestrale\[quant\]"):
-        Checkpoint(small, quantization=mode)
+        Checkpoint(small, expert_quantization=mode)
     with pytest.raises(QuantizationError, match="bitsandbytes"):
         Checkpoint(tmp_path / "copy").load_expert(0, 0)

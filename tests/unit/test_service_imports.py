@@ -24,6 +24,7 @@ assert not loaded, f"importing {sys.argv[1]} imports {sorted(loaded)}"
         ("cluster.ingress.text", ["torch", "ray", "grpc", "fastapi"]),
         ("cluster.ingress.structured", ["torch", "ray", "grpc", "fastapi", "llguidance"]),
         ("cluster.cli", ["torch", "ray", "grpc", "fastapi", "numpy", "httpx"]),
+        ("cluster.bench.http", ["torch", "ray", "grpc", "fastapi", "numpy", "model"]),
         ("cluster.placement", ["torch", "ray", "grpc", "numpy"]),
     ],
 )
