@@ -10,6 +10,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from cluster.schema import MAX_DRAFTS
 from model import TINY
 from model.hub import resolve
 
@@ -80,6 +81,11 @@ class ServeConfig(BaseModel):
     max_tokens_per_step: int = Field(default=512, ge=1)
     """Tokens in one step of a head, at most; not below max_running_sequences. A longer prompt is
     computed in chunks of this size, so it delays everybody's next token by one such step only."""
+
+    num_drafts: int = Field(default=0, ge=0, le=MAX_DRAFTS)
+    """Tokens that a head guesses ahead in a step, at most, for requests that do not say
+    (num_speculative_tokens): a guess that holds saves a round trip to the experts in every layer, a
+    wrong one costs them rows. It pays for few callers whose texts repeat themselves. 0: none."""
 
     max_concurrent_requests: int = Field(default=256, ge=1)
     """Requests in progress over all ingresses; beyond it a caller gets 429 with Retry-After."""

@@ -9,26 +9,30 @@ from model.tokenizer import StreamDecoder, Tokenizer
 class StopMatcher:
     """Finds stop strings in a growing text, and never lets a part of one out.
 
-    Neither the stop string nor what follows it is ever shown, as in OpenAI's API (transformers
-    would keep it).
+    What follows a stop string is never shown. Nor is the stop string itself, as in OpenAI's API,
+    unless that is asked for (transformers would keep it).
     """
 
-    def __init__(self, stop_strings: Sequence[str]) -> None:
+    def __init__(self, stop_strings: Sequence[str], *, shows_stop: bool = False) -> None:
         """stop_strings: none may be empty."""
+        self.met: str | None = None
+        """The stop string that was met."""
         self._stop_strings = stop_strings
+        self._shows_stop = shows_stop
         self._held = ""
 
     def push(self, text: str) -> tuple[str, bool]:
-        """Text that is safe to show now, and whether a stop string was met (it is cut off)."""
+        """Text that is safe to show now, and whether a stop string was met."""
         held = self._held + text
         found = [
             (at + len(stop), at) for stop in self._stop_strings if (at := held.find(stop)) >= 0
         ]
         if found:
             # the one that is complete first, so that it does not matter how the text was cut
-            _, start = min(found)
+            end, start = min(found)
             self._held = ""
-            return held[:start], True
+            self.met = held[start:end]
+            return held[: end if self._shows_stop else start], True
         keep = max((_overlap(held, stop) for stop in self._stop_strings), default=0)
         self._held = held[len(held) - keep :]
         return held[: len(held) - keep], False

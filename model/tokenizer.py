@@ -129,13 +129,27 @@ class StreamDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._drop_space = not continues_text
 
-    def push(self, token_id: int) -> str:
-        """Text that became certain with this token; possibly empty."""
+    @property
+    def is_within_character(self) -> bool:
+        """Whether bytes of a character are held back."""
+        return bool(self._utf8.getstate()[0])
+
+    def bytes_of(self, token_id: int) -> bytes:
+        """What this token would add if it came next; nothing if it is out of vocabulary."""
+        if token_id >= self._tokenizer.vocab_size:
+            return b""
         data = self._tokenizer.token_bytes(token_id)
-        if data and self._drop_space:
+        drops_space = self._drop_space and self._tokenizer.begins_word(token_id)
+        return data[1:] if drops_space else data
+
+    def push(self, token_id: int) -> str:
+        """Text that became certain with this token; possibly empty.
+
+        Raises PromptError on an id out of vocabulary.
+        """
+        data = self.bytes_of(token_id)
+        if self._tokenizer.token_bytes(token_id):
             self._drop_space = False
-            if self._tokenizer.begins_word(token_id):
-                data = data[1:]
         return self._utf8.decode(data)
 
     def flush(self) -> str:

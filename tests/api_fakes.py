@@ -13,12 +13,13 @@ import httpx
 import pytest
 
 from cluster.ingress.api import create_app
-from cluster.ingress.journal import Journal
+from cluster.ingress.journal import Journal, News
 from cluster.ingress.prepare import ApiSettings
 from cluster.metrics import IngressMetrics
 from cluster.schema import Readiness
 from model.chat import ChatFormat
 from model.config import GenerationDefaults
+from model.sampling_params import TokenLogprobs
 from model.tokenizer import Tokenizer
 
 DEADLINE_S = 30.0
@@ -37,8 +38,20 @@ USER = {"role": "user", "content": "the wind"}
 DONE = "[DONE]"
 
 
-Script = Callable[[Journal], Iterable[int | Exception]]
-"""Of a journal the ids that its head will draw; an exception is raised in its turn."""
+Script = Callable[[Journal], Iterable[int | tuple[int, ...] | Exception]]
+"""Of a journal the ids that its head will draw, some of them at once; an exception is raised in its
+turn."""
+
+
+def logprobs_of(token_id: int, num_top: int) -> TokenLogprobs:
+    """What the scripted heads say of a token: it is the second likeliest, after the id before it;
+    then come the ids below. The tenth is impossible.
+    """
+    top_ids = [(token_id - 1 - i) % VOCAB_SIZE for i in range(num_top)]
+    if num_top > 1:
+        top_ids[1:] = [token_id, *top_ids[1:-1]]
+    top = [-0.25 * (1 + i) if i < 9 else float("-inf") for i in range(num_top)]
+    return TokenLogprobs(-0.5, 2, tuple(top_ids), tuple(top))
 
 
 LETTER_C = 70
@@ -104,6 +117,10 @@ class ScriptedEngine:
         self.classified: list[list[int]] = []
         """Every prompt that was to be classified, in order."""
         self.num_classifying = 0
+        self.clients: list[str] = []
+        """Who asked for a prompt to be classified, each time."""
+        self.num_reused = 0
+        """Of every prompt, tokens that are in the cache."""
 
     @property
     def aborted(self) -> list[Journal]:
@@ -121,21 +138,41 @@ class ScriptedEngine:
     async def generate(self, journal: Journal) -> AsyncGenerator[tuple[int, ...], None]:
         self.journals.append(journal)
         try:
-            for token_id in self.script(journal):
+            for item in self.script(journal):
                 await asyncio.sleep(0)  # so that streams take turns
-                if isinstance(token_id, Exception):
-                    raise token_id
-                is_last = len(journal.emitted_ids) + 1 == journal.params.max_tokens
-                stops = token_id in journal.params.stop_token_ids
-                journal.record((token_id,), "stop" if stops else "length" if is_last else None)
-                yield (token_id,)
+                if isinstance(item, Exception):
+                    raise item
+                token_ids = item if isinstance(item, tuple) else (item,)
+                journal.record(self._news(journal, token_ids))
+                yield token_ids
                 if journal.finish:
                     return
             await asyncio.Event().wait()
         finally:
             self.closed.append(journal)
 
-    async def classify(self, prompt_ids: Sequence[int]) -> tuple[float, ...]:
+    def _news(self, journal: Journal, token_ids: tuple[int, ...]) -> News:
+        params = journal.params
+        is_first = not journal.emitted_ids
+        is_last = len(journal.emitted_ids) + len(token_ids) >= params.max_tokens
+        stops = token_ids[-1] in params.stop_token_ids
+        num_top, num_prompt_top = params.logprobs, params.prompt_logprobs
+        return News(
+            token_ids,
+            "stop" if stops else "length" if is_last else None,
+            logprobs=(
+                () if num_top is None else tuple(logprobs_of(each, num_top) for each in token_ids)
+            ),
+            prompt_logprobs=(
+                tuple(logprobs_of(each, num_prompt_top) for each in journal.prompt_ids[1:])
+                if is_first and num_prompt_top is not None
+                else ()
+            ),
+            num_reused=self.num_reused if is_first else None,
+        )
+
+    async def classify(self, prompt_ids: Sequence[int], client: str) -> tuple[float, ...]:
+        self.clients.append(client)
         self.classified.append(list(prompt_ids))
         self.num_classifying += 1
         try:

@@ -5,47 +5,40 @@ Knows schema, text and HTTP; knows neither gRPC nor Ray.
 
 import logging
 import time
-import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from typing import Protocol, TypeVar
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
-from pydantic import BaseModel
 
 from cluster.errors import RequestError
 from cluster.ingress import errors, sse
 from cluster.ingress.classify import classification, classify_all
+from cluster.ingress.clients import client_key
 from cluster.ingress.disconnect import unless_disconnected
-from cluster.ingress.journal import Finish, Journal
+from cluster.ingress.journal import Journal
 from cluster.ingress.limits import BodyLimit, ConcurrencyLimit
 from cluster.ingress.merge import merge
 from cluster.ingress.prepare import ApiSettings, Preparer, Work
+from cluster.ingress.replies import ChatReplies, Chunk, CompletionReplies, Replies
 from cluster.ingress.request_log import RequestLog
-from cluster.ingress.text import TextDelta, generate_text
+from cluster.ingress.text import AnswerText, TextDelta, generate_text, joined
 from cluster.metrics import IngressMetrics
 from cluster.schema import (
-    AssistantMessage,
-    ChatChoice,
-    ChatChunkChoice,
     ChatCompletion,
-    ChatCompletionChunk,
     ChatCompletionRequest,
-    ChatDelta,
     Classification,
     ClassifyRequest,
     Completion,
-    CompletionChoice,
     CompletionRequest,
     Model,
     ModelList,
     ModelRequest,
     Readiness,
-    Usage,
+    StreamOptions,
 )
 from model.chat import ChatFormat
-from model.stop import TextStream
 from model.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -67,8 +60,8 @@ class Engine(Protocol):
         """
         ...
 
-    async def classify(self, prompt_ids: Sequence[int]) -> tuple[float, ...]:
-        """Logits of a prompt, one for each label. Cancelling aborts it.
+    async def classify(self, prompt_ids: Sequence[int], client: str) -> tuple[float, ...]:
+        """Logits of a prompt, one for each label. Cancelling aborts it. client: who asks.
 
         Raises HeadUnavailableError or RequestError.
         """
@@ -141,76 +134,23 @@ class _Api:
     async def completions(self, body: CompletionRequest, request: Request) -> Response:
         """Continue one or several prompts."""
         self._check(body)
-        work = self._prepare.completion(body)
-        new_id = f"cmpl-{uuid.uuid4().hex}"
-
-        def reply(choices: list[CompletionChoice], usage: Usage | None) -> Completion:
-            return Completion(
-                id=new_id, created=now, model=self._settings.model_id, choices=choices, usage=usage
-            )
-
-        def chunk(index: int, delta: TextDelta) -> Completion:
-            choice = CompletionChoice(index=index, text=delta.text, finish_reason=delta.finish)
-            return reply([choice], None)
-
-        now = int(time.time())
-        if body.stream:
-            return await self._stream(request, work, [], chunk, lambda usage: reply([], usage))
-        texts = await unless_disconnected(request, self._collect(work))
-        choices = [
-            CompletionChoice(index=index, text=delta.text, finish_reason=delta.finish)
-            for index, delta in enumerate(texts)
-        ]
-        return JSONResponse(reply(choices, work.usage()).model_dump())
+        work = self._prepare.completion(body, _client_of(request, body))
+        replies = CompletionReplies(work, self._settings.model_id, self._tokenizer)
+        return await self._answer(request, work, replies)
 
     async def chat_completions(self, body: ChatCompletionRequest, request: Request) -> Response:
         """Answer a conversation."""
         self._check(body)
-        work = self._prepare.chat(body)
-        new_id = f"chatcmpl-{uuid.uuid4().hex}"
-        now = int(time.time())
-
-        def chunk_of(choices: list[ChatChunkChoice], usage: Usage | None) -> ChatCompletionChunk:
-            return ChatCompletionChunk(
-                id=new_id, created=now, model=self._settings.model_id, choices=choices, usage=usage
-            )
-
-        def chunk(index: int, delta: TextDelta) -> ChatCompletionChunk:
-            content = ChatDelta(content=delta.text) if delta.text else ChatDelta()
-            choice = ChatChunkChoice(index=index, delta=content, finish_reason=delta.finish)
-            return chunk_of([choice], None)
-
-        if body.stream:
-            role = ChatDelta(role="assistant", content="")
-            first = [
-                chunk_of([ChatChunkChoice(index=index, delta=role)], None)
-                for index in range(len(work.journals))
-            ]
-            return await self._stream(
-                request, work, first, chunk, lambda usage: chunk_of([], usage)
-            )
-        texts = await unless_disconnected(request, self._collect(work))
-        reply = ChatCompletion(
-            id=new_id,
-            created=now,
-            model=self._settings.model_id,
-            choices=[
-                ChatChoice(
-                    index=index,
-                    message=AssistantMessage(content=delta.text),
-                    finish_reason=delta.finish,
-                )
-                for index, delta in enumerate(texts)
-            ],
-            usage=work.usage(),
-        )
-        return JSONResponse(reply.model_dump())
+        work = self._prepare.chat(body, _client_of(request, body))
+        replies = ChatReplies(work, self._settings.model_id, self._tokenizer)
+        return await self._answer(request, work, replies)
 
     async def classify(self, body: ClassifyRequest, request: Request) -> Response:
         """Label one or several texts."""
         self._check(body)
         prompts = self._prepare.classification(body)
-        logits = await unless_disconnected(request, self._classify(prompts))
+        client = _client_of(request, body)
+        logits = await unless_disconnected(request, self._classify(prompts, client))
         reply = classification(self._settings, prompts, logits, use_activation=body.use_activation)
         return JSONResponse(reply.model_dump())
 
@@ -255,49 +195,44 @@ class _Api:
                 headers={"Retry-After": "2"},
             )
 
-    async def _classify(self, prompts: Sequence[Sequence[int]]) -> list[tuple[float, ...]]:
+    async def _classify(
+        self, prompts: Sequence[Sequence[int]], client: str
+    ) -> list[tuple[float, ...]]:
         with self._limit.slot():
             self._metrics.observe_prompt(sum(len(prompt) for prompt in prompts))
-            return await classify_all(self._engine.classify, prompts)
+            return await classify_all(lambda prompt: self._engine.classify(prompt, client), prompts)
+
+    async def _answer(self, request: Request, work: Work, replies: Replies) -> Response:
+        if work.body.stream:
+            return await self._stream(request, work, replies)
+        answers = await unless_disconnected(request, self._collect(work))
+        return JSONResponse(replies.whole(answers).model_dump())
 
     async def _deltas(self, work: Work) -> AsyncGenerator[tuple[int, TextDelta], None]:
         """Text of all choices as it comes, each with its choice's index."""
         with self._limit.slot():
-            self._metrics.observe_prompt(work.num_prompt_tokens)
+            self._metrics.observe_prompt(sum(len(each.prompt_ids) for each in work.prompts))
             streams = [
                 generate_text(
                     self._engine.generate,
                     journal,
-                    TextStream(
-                        self._tokenizer,
-                        work.body.stop_strings,
-                        continues_text=work.continues_text,
-                    ),
+                    AnswerText(self._tokenizer, journal, work.rules, work.echo(index)),
                 )
-                for journal in work.journals
+                for index, journal in enumerate(work.journals)
             ]
             async with aclosing(merge(streams)) as merged:
                 async for index, delta in merged:
                     yield index, delta
 
     async def _collect(self, work: Work) -> list[TextDelta]:
-        """The whole text of every choice, with its finish."""
-        texts = [""] * len(work.journals)
-        finishes: list[Finish | None] = [None] * len(work.journals)
+        """The whole answer of every choice."""
+        answers: list[list[TextDelta]] = [[] for _ in work.journals]
         async with aclosing(self._deltas(work)) as deltas:
             async for index, delta in deltas:
-                texts[index] += delta.text
-                finishes[index] = delta.finish or finishes[index]
-        return [TextDelta(text, finish) for text, finish in zip(texts, finishes, strict=True)]
+                answers[index].append(delta)
+        return [joined(answer) for answer in answers]
 
-    async def _stream(
-        self,
-        request: Request,
-        work: Work,
-        first: Sequence[BaseModel],
-        chunk: Callable[[int, TextDelta], BaseModel],
-        usage_chunk: Callable[[Usage], BaseModel],
-    ) -> sse.EventStream:
+    async def _stream(self, request: Request, work: Work, replies: Replies) -> sse.EventStream:
         """A streamed reply. Waits for the first text, so that an early error has a real status."""
         deltas = self._deltas(work)
         try:
@@ -305,25 +240,35 @@ class _Api:
         except BaseException:
             await deltas.aclose()
             raise
-        options = work.body.stream_options
-        wants_usage = options is not None and options.include_usage
+        options = work.body.stream_options or StreamOptions()
+        has_usage = options.include_usage and options.continuous_usage_stats
+
+        def event(chunk: Chunk) -> bytes:
+            return sse.event(with_usage(chunk) if has_usage else chunk)
+
+        def with_usage(chunk: Chunk) -> Chunk:
+            return chunk.model_copy(update={"usage": work.usage()})
 
         async def events() -> AsyncGenerator[bytes, None]:
             async with aclosing(deltas) as rest:
                 try:
-                    for body in first:
-                        yield sse.event(body)
-                    yield sse.event(chunk(index, delta))
+                    for chunk in replies.opening():
+                        yield event(chunk)
+                    yield event(replies.chunk(index, delta))
                     async for next_index, next_delta in rest:
-                        yield sse.event(chunk(next_index, next_delta))
-                    if wants_usage:
-                        yield sse.event(usage_chunk(work.usage()))
+                        yield event(replies.chunk(next_index, next_delta))
+                    if options.include_usage:
+                        yield sse.event(with_usage(replies.closing()))
                 except Exception as error:
                     # The status is sent already: the stream itself must say that it failed.
                     yield sse.event(errors.error_body(errors.as_request_error(error)))
                 yield sse.DONE
 
         return sse.EventStream(events())
+
+
+def _client_of(request: Request, body: ModelRequest) -> str:
+    return client_key(request.headers.get("authorization"), body.user)
 
 
 async def _first_of(deltas: AsyncGenerator[T, None]) -> T:

@@ -58,6 +58,7 @@ class Ingress:
                 problem_type=model.problem_type,
                 pad_token_id=model.pad_token_id,
                 defaults=defaults,
+                num_drafts=config.num_drafts,
                 max_concurrent_requests=-(-config.max_concurrent_requests // config.num_ingresses),
                 max_body_bytes=config.max_body_bytes,
             ),
@@ -93,8 +94,8 @@ class Cluster:
     def generate(self, journal: Journal) -> AsyncGenerator[tuple[int, ...], None]:
         return self._heads.generate(journal)
 
-    async def classify(self, prompt_ids: Sequence[int]) -> tuple[float, ...]:
-        return await self._heads.classify(prompt_ids)
+    async def classify(self, prompt_ids: Sequence[int], client: str) -> tuple[float, ...]:
+        return await self._heads.classify(prompt_ids, client)
 
     def readiness(self) -> Readiness:
         view = self._view

@@ -10,17 +10,12 @@ import grpc
 
 from cluster import rpc
 from cluster.errors import HandshakeError, HeadUnavailableError, RequestError
-from cluster.ingress.journal import Finish, Journal
+from cluster.ingress.journal import Journal
+from cluster.ingress.messages import to_classify, to_news, to_submit
 from cluster.placement import HeadInfo
 from protos import head_pb2, head_pb2_grpc
 
 logger = logging.getLogger(__name__)
-
-_FINISH: dict[int, Finish | None] = {
-    head_pb2.FINISH_NONE: None,
-    head_pb2.FINISH_STOP: "stop",
-    head_pb2.FINISH_LENGTH: "length",
-}
 
 
 class HeadConnection:
@@ -53,22 +48,19 @@ class HeadConnection:
         Raises HeadUnavailableError when the head is lost or fails, RequestError when it refuses.
         """
         request_id = next(self._ids)
-        async with aclosing(self._run(request_id, _submit(request_id, journal))) as events:
+        async with aclosing(self._run(request_id, to_submit(request_id, journal))) as events:
             async for event in events:
-                token_ids = tuple(event.token_ids)
-                journal.record(token_ids, _FINISH[event.finish])
-                yield token_ids
+                news = to_news(event)
+                journal.record(news)
+                yield news.token_ids
 
-    async def classify(self, prompt_ids: Sequence[int]) -> tuple[float, ...]:
+    async def classify(self, prompt_ids: Sequence[int], client: str) -> tuple[float, ...]:
         """Logits of a prompt on this head, one for each label. Cancelling aborts it there.
 
         Raises as `generate` does.
         """
         request_id = next(self._ids)
-        submit = head_pb2.Submit(
-            request_id=request_id, token_ids=prompt_ids, classify=head_pb2.Classify()
-        )
-        request = head_pb2.HeadRequest(submit=submit)
+        request = to_classify(request_id, prompt_ids, client)
         async with aclosing(self._run(request_id, request)) as events:
             return tuple((await anext(events)).scores)
 
@@ -153,12 +145,12 @@ class HeadPool:
         """
         return self._least_busy().generate(journal)
 
-    async def classify(self, prompt_ids: Sequence[int]) -> tuple[float, ...]:
+    async def classify(self, prompt_ids: Sequence[int], client: str) -> tuple[float, ...]:
         """Logits of a prompt, computed on that head; see HeadConnection.
 
         Raises HeadUnavailableError when there is no head.
         """
-        return await self._least_busy().classify(prompt_ids)
+        return await self._least_busy().classify(prompt_ids, client)
 
     async def close(self) -> None:
         self._heads = ()
@@ -187,26 +179,3 @@ class HeadPool:
         for head in self._heads:
             if head not in self._connections:
                 self._connections[head] = HeadConnection(head, self._identity)
-
-
-def _submit(request_id: int, journal: Journal) -> head_pb2.HeadRequest:
-    params = journal.params
-    return head_pb2.HeadRequest(
-        submit=head_pb2.Submit(
-            request_id=request_id,
-            token_ids=[*journal.prompt_ids, *journal.emitted_ids],
-            params=head_pb2.SamplingParams(
-                max_tokens=params.max_tokens - len(journal.emitted_ids),
-                temperature=params.temperature,
-                top_k=params.top_k,
-                top_p=params.top_p,
-                seed=params.seed,
-                choice=params.choice,
-                stop_token_ids=params.stop_token_ids,
-                min_tokens=max(0, params.min_tokens - len(journal.emitted_ids)),
-                repetition_penalty=params.repetition_penalty,
-                min_p=params.min_p,
-                typical_p=params.typical_p,
-            ),
-        )
-    )

@@ -3,13 +3,14 @@
 Knows schema and text; knows no HTTP, no engine and no stream. Every refusal is a RequestError.
 """
 
-import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 from cluster.errors import RequestError
 from cluster.ingress.journal import Journal
+from cluster.ingress.sampling import sampling_params
+from cluster.ingress.structured import grammar_spec
+from cluster.ingress.text import TextRules
 from cluster.schema import (
     MAX_CHOICES,
     ChatCompletionRequest,
@@ -17,17 +18,14 @@ from cluster.schema import (
     CompletionRequest,
     GenerationRequest,
     ModelRequest,
+    PromptTokensDetails,
     Usage,
 )
 from model.chat import ChatFormat, Message
 from model.config import GenerationDefaults
 from model.errors import PromptError
 from model.labels import trim_padding
-from model.sampling_params import SamplingParams
 from model.tokenizer import Tokenizer
-
-_SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-"""Fields that `generation_config.json` may have a default for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +43,8 @@ class ApiSettings:
     problem_type: str | None = None
     """What a classifier was trained for, if it says so (see labels.PROBLEM_TYPES)."""
     pad_token_id: int | None = None
+    num_drafts: int = 0
+    """Tokens to guess ahead in a step, for requests that leave it open."""
     max_concurrent_requests: int
     """Of this ingress."""
     max_body_bytes: int
@@ -52,20 +52,33 @@ class ApiSettings:
 
 @dataclass(frozen=True)
 class Work:
-    """A request, checked and tokenised: one journal per choice, prompt-major."""
+    """A request, checked and tokenised: one journal per choice that is drawn, prompt-major."""
 
     body: GenerationRequest
     journals: list[Journal]
-    num_prompt_tokens: int
-    continues_text: bool
-    """Whether the answer goes on in the prompt's text (completions) or starts afresh (chat)."""
+    rules: TextRules
+    echoes: tuple[str | None, ...]
+    """For each prompt, what its choices' texts begin with."""
+
+    @property
+    def prompts(self) -> list[Journal]:
+        """The first journal of each prompt."""
+        return self.journals[:: self.body.num_drawn]
+
+    def echo(self, index: int) -> str | None:
+        """What the text of a journal's choice begins with."""
+        return self.echoes[index // self.body.num_drawn]
 
     def usage(self) -> Usage:
+        """As it stands. Choices beyond a prompt's first cost no prompt tokens."""
+        num_prompt = sum(len(journal.prompt_ids) for journal in self.prompts)
         num_emitted = sum(len(journal.emitted_ids) for journal in self.journals)
+        num_cached = sum(journal.num_reused or 0 for journal in self.prompts)
         return Usage(
-            prompt_tokens=self.num_prompt_tokens,
+            prompt_tokens=num_prompt,
             completion_tokens=num_emitted,
-            total_tokens=self.num_prompt_tokens + num_emitted,
+            total_tokens=num_prompt + num_emitted,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=num_cached),
         )
 
 
@@ -77,24 +90,40 @@ class Preparer:
         self._chat = chat
         self._settings = settings
 
-    def completion(self, body: CompletionRequest) -> Work:
-        """Work of a plain completion. Raises RequestError."""
-        prompts = [self._prompt_ids(given, "prompt") for given in _prompts(body.prompt, "prompt")]
-        journals = self._journals(body, prompts, body.max_tokens, "max_tokens")
-        return Work(body, journals, sum(len(prompt) for prompt in prompts), continues_text=True)
+    def completion(self, body: CompletionRequest, client: str) -> Work:
+        """Work of a plain completion; client is who asks. Raises RequestError, SamplingError."""
+        given = _prompts(body.prompt, "prompt")
+        echoed = body.logprobs if body.echo else None
+        of_prompt = [number for number in (body.prompt_logprobs, echoed) if number is not None]
+        return self._work(
+            body,
+            client,
+            [self._prompt_ids(prompt, "prompt") for prompt in given],
+            echoes=[self._text(prompt) if body.echo else None for prompt in given],
+            continues_text=True,
+            max_tokens=body.max_tokens,
+            num_logprobs=body.logprobs,
+            num_prompt_logprobs=max(of_prompt, default=None),
+        )
 
-    def chat(self, body: ChatCompletionRequest) -> Work:
-        """Work of a chat completion. Raises RequestError."""
+    def chat(self, body: ChatCompletionRequest, client: str) -> Work:
+        """Work of a chat completion; client is who asks. Raises RequestError, SamplingError."""
         messages = [Message(message.role, message.text) for message in body.messages]
         self._check_length(sum(len(message.content) for message in messages), "messages")
         try:
             prompt = tuple(self._chat.encode(messages))
         except PromptError as error:
             raise RequestError(400, str(error), param="messages") from error
-        max_tokens = body.max_completion_tokens or body.max_tokens
-        field = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
-        journals = self._journals(body, [prompt], max_tokens, field)
-        return Work(body, journals, len(prompt), continues_text=False)
+        return self._work(
+            body,
+            client,
+            [prompt],
+            echoes=[None],
+            continues_text=False,
+            max_tokens=body.max_completion_tokens or body.max_tokens,
+            num_logprobs=body.top_logprobs if body.logprobs else None,
+            num_prompt_logprobs=body.prompt_logprobs,
+        )
 
     def check_model(self, model_id: str | None) -> None:
         """Refuse a model that is not the one that is served."""
@@ -157,10 +186,8 @@ class Preparer:
             )
         return tuple(prompt)
 
-    def _asked(self, body: GenerationRequest, name: str) -> Any:
-        """A sampling field: the request's, else the checkpoint's default, else OpenAI's."""
-        default = getattr(self._settings.defaults, name)
-        return getattr(body, name) if name in body.model_fields_set or default is None else default
+    def _text(self, prompt: str | list[int]) -> str:
+        return prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt)
 
     def _check_length(self, num_characters: int, param: str) -> None:
         """Refuse what is too long whatever its tokens, before the event loop counts them."""
@@ -173,57 +200,88 @@ class Preparer:
                 code="context_length_exceeded",
             )
 
-    def _journals(
+    def _work(
         self,
         body: GenerationRequest,
+        client: str,
         prompts: Sequence[tuple[int, ...]],
+        *,
+        echoes: Sequence[str | None],
+        continues_text: bool,
         max_tokens: int | None,
-        max_tokens_field: str,
-    ) -> list[Journal]:
-        """One journal per prompt and choice. None for max_tokens: the rest of the context."""
-        if len(prompts) * body.n > MAX_CHOICES:
-            raise RequestError(
-                400, f"{len(prompts)} prompts x n={body.n} exceed {MAX_CHOICES} choices", param="n"
-            )
-        context = self._settings.max_model_len
-        if max_tokens is not None and max_tokens > context:
+        num_logprobs: int | None,
+        num_prompt_logprobs: int | None,
+    ) -> Work:
+        """One journal per prompt and choice. max_tokens: None for the rest of the context; 0 for
+        the prompt alone.
+        """
+        settings = self._settings
+        if len(prompts) * body.num_drawn > MAX_CHOICES:
+            field = "n" if body.best_of is None else "best_of"
             raise RequestError(
                 400,
-                f"{max_tokens_field}: {max_tokens} exceeds the context of {context} tokens",
-                param=max_tokens_field,
+                f"{len(prompts)} prompts x {field}={body.num_drawn} exceed {MAX_CHOICES} choices",
+                param=field,
             )
-        unknown = [t for t in body.stop_token_ids if t >= self._settings.vocab_size]
-        if unknown:
+        chooses = body.num_drawn > body.n
+        params = sampling_params(
+            body,
+            self._tokenizer,
+            defaults=settings.defaults,
+            eos_token_ids=settings.eos_token_ids,
+            vocab_size=settings.vocab_size,
+            logprobs=0 if chooses and num_logprobs is None else num_logprobs,
+            prompt_logprobs=num_prompt_logprobs,
+        )
+        grammar = grammar_spec(
+            body.response_format, body.structured_outputs, continues_text=continues_text
+        )
+        drafts = body.num_speculative_tokens
+        journals = [
+            Journal(
+                prompt,
+                replace(params, choice=choice, max_tokens=self._room(body, prompt, max_tokens)),
+                client=client,
+                priority=body.priority,
+                cache_salt=body.cache_salt,
+                grammar=grammar,
+                num_drafts=settings.num_drafts if drafts is None else drafts,
+            )
+            for prompt in prompts
+            for choice in range(body.num_drawn)
+        ]
+        own_ends = () if body.ignore_eos else settings.eos_token_ids
+        rules = TextRules(
+            continues_text=continues_text,
+            stop_strings=body.stop_strings,
+            stop_token_ids=frozenset(body.stop_token_ids).difference(own_ends),
+            shows_stop=body.include_stop_str_in_output,
+            num_logprobs=num_logprobs,
+            is_prompt_only=max_tokens == 0,
+        )
+        return Work(body, journals, rules, tuple(echoes))
+
+    def _room(
+        self, body: GenerationRequest, prompt: tuple[int, ...], max_tokens: int | None
+    ) -> int:
+        """New tokens at most, at least one: what is asked for, or less if the context ends."""
+        context = self._settings.max_model_len
+        if max_tokens is not None and max_tokens > context:
+            is_newer = isinstance(body, ChatCompletionRequest) and body.max_completion_tokens
+            field = "max_completion_tokens" if is_newer else "max_tokens"
             raise RequestError(
-                400, f"stop_token_ids: {unknown[0]} is out of vocabulary", param="stop_token_ids"
+                400, f"{field}: {max_tokens} exceeds the context of {context} tokens", param=field
             )
-        sampling = {name: self._asked(body, name) for name in _SAMPLING_FIELDS}
-        sampling["top_k"] = max(sampling["top_k"], 0)
-        own_ends = () if body.ignore_eos else self._settings.eos_token_ids
-        seed = body.seed if body.seed is not None else secrets.randbits(63)
-        journals = []
-        for prompt in prompts:
-            room = context - len(prompt)
-            if room < 1:
-                raise RequestError(
-                    400,
-                    f"the prompt has {len(prompt)} tokens; the context of {context} must also "
-                    "hold at least one new token",
-                    param="messages" if isinstance(body, ChatCompletionRequest) else "prompt",
-                    code="context_length_exceeded",
-                )
-            for choice in range(body.n):
-                params = SamplingParams(
-                    max_tokens=min(room, max_tokens or room),
-                    seed=seed,
-                    choice=choice,
-                    stop_token_ids=(*own_ends, *body.stop_token_ids),
-                    min_tokens=body.min_tokens,
-                    typical_p=body.typical_p,
-                    **sampling,
-                )
-                journals.append(Journal(prompt, params))
-        return journals
+        room = context - len(prompt)
+        if room < 1:
+            raise RequestError(
+                400,
+                f"the prompt has {len(prompt)} tokens; the context of {context} must also "
+                "hold at least one new token",
+                param="messages" if isinstance(body, ChatCompletionRequest) else "prompt",
+                code="context_length_exceeded",
+            )
+        return room if max_tokens is None else min(room, max(1, max_tokens))
 
 
 def _prompts(

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.ingress.heads import _submit
 from cluster.ingress.journal import Journal
+from cluster.ingress.messages import to_submit
 from cluster.schema import (
     MAX_SEED,
     ChatCompletion,
@@ -335,7 +335,7 @@ def test_every_accepted_request_can_be_sent_to_a_head_and_arrives_as_it_was(
         return
     for journal in api.engine.journals:
         emitted, journal.emitted_ids = journal.emitted_ids, []
-        message = _submit(1, journal).SerializeToString()
+        message = to_submit(1, journal).SerializeToString()
         submit = head_pb2.HeadRequest.FromString(message).submit
         journal.emitted_ids = emitted
         assert tuple(submit.token_ids) == journal.prompt_ids

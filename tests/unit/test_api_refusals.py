@@ -235,20 +235,16 @@ def test_an_unknown_model_is_a_404_that_names_the_known_one(
 
 
 ASKED_FOR: dict[str, Any] = {
-    "best_of": 2,
-    "echo": True,
-    "frequency_penalty": 0.5,
+    "add_generation_prompt": False,
+    "continue_final_message": True,
     "function_call": {"name": "f"},
     "functions": [{"name": "f"}],
-    "logit_bias": {"5": 1},
-    "logprobs": True,
-    "presence_penalty": -0.5,
-    "response_format": {"type": "json_object"},
-    "structured_outputs": {"regex": "a"},
+    "guided_json": {},
+    "skip_special_tokens": False,
     "suffix": "b",
     "tool_choice": "required",
     "tools": [{"type": "function"}],
-    "top_logprobs": 3,
+    "use_beam_search": True,
 }
 
 
@@ -261,25 +257,37 @@ def test_a_parameter_that_would_be_ignored_is_refused_by_name(
     assert_error(response, 400, param=field, code="unsupported")
 
 
-def test_asking_for_the_logprobs_of_the_drawn_tokens_alone_is_refused(api: Api) -> None:
-    """For completions `logprobs: 0` is not the same as `false`."""
-    response = api.post(COMPLETIONS, body_for(COMPLETIONS, logprobs=0))
-    assert_error(response, 400, param="logprobs", code="unsupported")
+@pytest.mark.parametrize(
+    ("path", "field"),
+    [(COMPLETIONS, "top_logprobs"), (CHAT, "echo"), (CHAT, "add_special_tokens")],
+)
+def test_a_parameter_of_the_other_endpoint_is_refused_by_name(
+    api: Api, path: str, field: str
+) -> None:
+    assert_error(
+        api.post(path, body_for(path, **{field: True})), 400, param=field, code="unsupported"
+    )
 
 
 @BOTH
 def test_parameters_that_ask_for_nothing_and_unknown_ones_are_ignored(api: Api, path: str) -> None:
     neutral = {
+        "add_generation_prompt": True,
         "best_of": 1,
+        "continue_final_message": False,
         "echo": False,
         "frequency_penalty": 0.0,
         "logit_bias": {},
         "logprobs": False,
         "presence_penalty": 0,
         "response_format": {"type": "text"},
+        "skip_special_tokens": True,
+        "spaces_between_special_tokens": True,
+        "structured_outputs": {},
         "tools": [],
         "tool_choice": "auto",
         "suffix": None,
+        "top_logprobs": 0,
     }
     body = body_for(path, **neutral, store=True, metadata={"a": [1]}, invented=[[{}]])
     assert api.post(path, body).status_code == 200

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from cluster.ingress.journal import Finish, Journal
+from cluster.ingress.journal import Finish, Journal, News
 from cluster.ingress.merge import merge
-from cluster.ingress.text import TextDelta, generate_text
+from cluster.ingress.text import AnswerText, TextDelta, TextRules, generate_text
 from model.sampling_params import SamplingParams
-from model.stop import StopMatcher, TextStream
+from model.stop import StopMatcher
 from model.tokenizer import Tokenizer
 
 TEXTS = st.text(alphabet="abc", max_size=30)
@@ -131,7 +131,7 @@ class Head:
                 await asyncio.sleep(0)
                 self.num_given += 1
                 is_last = self.num_given == len(self.batches)
-                journal.record(tuple(batch), self.finish if is_last else None)
+                journal.record(News(tuple(batch), self.finish if is_last else None))
                 yield tuple(batch)
         finally:
             self.is_closed = True
@@ -145,8 +145,8 @@ def tokenizer(tiny_folder: Path) -> Tokenizer:
 def read(head: Head, tokenizer: Tokenizer, *stops: str) -> list[TextDelta]:
     async def collect() -> list[TextDelta]:
         journal = Journal((1,), SamplingParams())
-        stream = TextStream(tokenizer, stops, continues_text=True)
-        deltas = generate_text(head.generate, journal, stream)
+        rules = TextRules(continues_text=True, stop_strings=stops)
+        deltas = generate_text(head.generate, journal, AnswerText(tokenizer, journal, rules))
         async with aclosing(deltas) as items:
             return [delta async for delta in items]
 
@@ -200,7 +200,7 @@ def test_a_stop_string_ends_the_text_and_closes_the_ids(tokenizer: Tokenizer) ->
 def test_a_stop_string_in_the_last_ids_is_a_stop_not_a_length(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("the wind came")
     deltas = read(Head([ids]), tokenizer, "came")
-    assert deltas == [TextDelta(" the wind ", "stop")]
+    assert deltas == [TextDelta(" the wind ", "stop", "came", token_ids=tuple(ids))]
 
 
 def test_text_held_for_a_stop_string_comes_out_at_the_end(tokenizer: Tokenizer) -> None:
@@ -212,7 +212,7 @@ def test_text_held_for_a_stop_string_comes_out_at_the_end(tokenizer: Tokenizer) 
 
 def test_an_end_without_text_is_still_told(tokenizer: Tokenizer) -> None:
     eos = tokenizer.eos_id
-    assert read(Head([[eos]], "stop"), tokenizer) == [TextDelta("", "stop")]
+    assert read(Head([[eos]], "stop"), tokenizer) == [TextDelta("", "stop", token_ids=(eos,))]
 
 
 def test_closing_the_text_closes_the_ids(tokenizer: Tokenizer) -> None:
@@ -220,8 +220,8 @@ def test_closing_the_text_closes_the_ids(tokenizer: Tokenizer) -> None:
 
     async def leave_early() -> None:
         journal = Journal((1,), SamplingParams())
-        stream = TextStream(tokenizer, (), continues_text=True)
-        deltas = generate_text(head.generate, journal, stream)
+        answer = AnswerText(tokenizer, journal, TextRules(continues_text=True))
+        deltas = generate_text(head.generate, journal, answer)
         await anext(deltas)
         await deltas.aclose()
 

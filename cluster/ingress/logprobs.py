@@ -1,0 +1,157 @@
+"""What is reported of tokens: how each is spelled in its place, and how likely it was.
+
+A token's spelling is the text that it adds where it stands, so the spellings of a text's tokens
+join to the text. A control token adds none. A token that is not whole characters by itself is
+spelled `bytes:` and its bytes, as in OpenAI's API.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from cluster.schema import (
+    ChatLogprobs,
+    CompletionLogprobs,
+    ContentLogprob,
+    PromptLogprob,
+    PromptLogprobs,
+    TokenLogprob,
+)
+from model.sampling_params import TokenLogprobs
+from model.tokenizer import StreamDecoder, Tokenizer
+
+FLOOR = -9999.0
+"""Instead of minus infinity, which JSON does not have."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A token that could stand in a place."""
+
+    token_id: int
+    data: bytes
+    """UTF-8 that it would add."""
+    logprob: float
+
+    @property
+    def spelling(self) -> str:
+        return _spell(self.data)
+
+
+@dataclass(frozen=True)
+class TokenReport:
+    """A token of a text, and the likeliest in its place.
+
+    offset: characters before it, in the choice's text.
+    chosen: None for a prompt's first token, of which the model says nothing; `data` then has the
+            token's UTF-8 all the same.
+    rank:   of the chosen one; 1 is the likeliest.
+    """
+
+    offset: int
+    data: bytes
+    chosen: Candidate | None = None
+    rank: int = 0
+    top: tuple[Candidate, ...] = ()
+
+
+def report(
+    decoder: StreamDecoder, token_id: int, logprobs: TokenLogprobs, offset: int
+) -> TokenReport:
+    """Of a token that the decoder is about to take."""
+    chosen = _candidate(decoder, token_id, logprobs.logprob)
+    top = zip(logprobs.top_ids, logprobs.top_logprobs, strict=True)
+    candidates = tuple(_candidate(decoder, *each) for each in top)
+    return TokenReport(offset, chosen.data, chosen, logprobs.rank, candidates)
+
+
+def report_prompt(
+    tokenizer: Tokenizer, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs], num_top: int
+) -> list[TokenReport]:
+    """Of all tokens of a prompt; logprobs are those of the second and all later ones."""
+    decoder = StreamDecoder(tokenizer, continues_text=False)
+    reports = [TokenReport(0, decoder.bytes_of(token_ids[0]))]
+    offset = len(decoder.push(token_ids[0]))
+    for token_id, one in zip(token_ids[1:], logprobs, strict=True):
+        shown = TokenLogprobs(
+            one.logprob, one.rank, one.top_ids[:num_top], one.top_logprobs[:num_top]
+        )
+        reports.append(report(decoder, token_id, shown, offset))
+        offset += len(decoder.push(token_id))
+    return reports
+
+
+def completion_logprobs(reports: Iterable[TokenReport]) -> CompletionLogprobs:
+    """In the shape of OpenAI's completions."""
+    reports = list(reports)
+    return CompletionLogprobs(
+        tokens=[_spell(one.data) for one in reports],
+        token_logprobs=[_floored(one.chosen.logprob) if one.chosen else None for one in reports],
+        top_logprobs=[_by_spelling(one) for one in reports],
+        text_offset=[one.offset for one in reports],
+    )
+
+
+def chat_logprobs(reports: Iterable[TokenReport]) -> ChatLogprobs:
+    """In the shape of OpenAI's chat completions."""
+    return ChatLogprobs(
+        content=[
+            ContentLogprob(
+                **_token_logprob(one.chosen).model_dump(),
+                top_logprobs=[_token_logprob(candidate) for candidate in one.top],
+            )
+            for one in reports
+            if one.chosen
+        ]
+    )
+
+
+def prompt_logprobs(reports: Iterable[TokenReport]) -> PromptLogprobs:
+    """In vLLM's shape."""
+    return [_by_id(one) for one in reports]
+
+
+def _candidate(decoder: StreamDecoder, token_id: int, logprob: float) -> Candidate:
+    return Candidate(token_id, decoder.bytes_of(token_id), logprob)
+
+
+def _spell(data: bytes) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+
+def _floored(logprob: float) -> float:
+    return max(logprob, FLOOR)
+
+
+def _by_spelling(one: TokenReport) -> dict[str, float] | None:
+    """The likeliest of those that are spelled alike."""
+    if one.chosen is None:
+        return None
+    found: dict[str, float] = {}
+    for candidate in (*one.top, one.chosen):
+        found.setdefault(candidate.spelling, _floored(candidate.logprob))
+    return found
+
+
+def _token_logprob(candidate: Candidate) -> TokenLogprob:
+    return TokenLogprob(
+        token=candidate.spelling,
+        logprob=_floored(candidate.logprob),
+        bytes=list(candidate.data),
+    )
+
+
+def _by_id(one: TokenReport) -> dict[int, PromptLogprob] | None:
+    if one.chosen is None:
+        return None
+    ranked = [(one.rank, one.chosen), *enumerate(one.top, start=1)]
+    return {
+        candidate.token_id: PromptLogprob(
+            logprob=_floored(candidate.logprob),
+            rank=rank,
+            decoded_token=candidate.spelling,
+        )
+        for rank, candidate in reversed(ranked)  # the chosen one's own rank last, so that it holds
+    }

@@ -1,0 +1,228 @@
+"""What comes back over HTTP: OpenAI's and vLLM's replies, their chunks and errors."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Reply(BaseModel):
+    """Base of replies: a newer server may send more than this client knows."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class PromptTokensDetails(Reply):
+    cached_tokens: int
+    """Of the prompts, found in the cache instead of being computed."""
+
+
+class Usage(Reply):
+    """Tokens of a request, over all its choices."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails | None = None
+
+
+class CompletionLogprobs(Reply):
+    """One entry per token. A token without text of its own, like the end token, is ""; one that is
+    not whole characters is spelled `bytes:\\xe2`. No log-probability is below -9999."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    """None for a prompt's first token."""
+    top_logprobs: list[dict[str, float] | None]
+    """The likeliest tokens in its place, and the token itself."""
+    text_offset: list[int]
+    """Where in the choice's text the token begins, characters."""
+
+
+class TokenLogprob(Reply):
+    token: str
+    """Spelled as in CompletionLogprobs."""
+    logprob: float
+    bytes: list[int]
+    """The token's UTF-8."""
+
+
+class ContentLogprob(TokenLogprob):
+    """Of one token of a message, with the likeliest tokens in its place."""
+
+    top_logprobs: list[TokenLogprob]
+
+
+class ChatLogprobs(Reply):
+    content: list[ContentLogprob]
+
+
+class PromptLogprob(Reply):
+    """Of one token that could stand in a place of the prompt."""
+
+    logprob: float
+    rank: int
+    """1 for the likeliest."""
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[int, PromptLogprob] | None]
+"""For each token of a prompt, by id: the token's own and the likeliest. None for the first."""
+
+
+class CompletionChoice(Reply):
+    index: int
+    text: str
+    finish_reason: str | None = None
+    """stop or length"""
+    stop_reason: str | int | None = None
+    """The stop string, or the id of stop_token_ids, that ended it; None for an end of its own."""
+    logprobs: CompletionLogprobs | None = None
+    prompt_logprobs: PromptLogprobs | None = None
+    prompt_token_ids: list[int] | None = None
+    """In a stream, with the choice's first chunk."""
+    token_ids: list[int] | None = None
+    """Of the answer; in a stream, those that are new."""
+
+
+class Completion(Reply):
+    """Reply of /v1/completions, and each chunk of its stream."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    """Unix time, seconds."""
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
+
+
+class AssistantMessage(Reply):
+    role: Literal["assistant"] = "assistant"
+    content: str
+
+
+class ChatChoice(Reply):
+    index: int
+    message: AssistantMessage
+    finish_reason: str | None = None
+    """stop or length"""
+    stop_reason: str | int | None = None
+    """The stop string, or the id of stop_token_ids, that ended it; None for an end of its own."""
+    logprobs: ChatLogprobs | None = None
+    token_ids: list[int] | None = None
+
+
+class ChatCompletion(Reply):
+    """Reply of /v1/chat/completions."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage | None = None
+    prompt_logprobs: PromptLogprobs | None = None
+    prompt_token_ids: list[int] | None = None
+
+
+class ChatDelta(Reply):
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChatChunkChoice(Reply):
+    index: int
+    delta: ChatDelta
+    finish_reason: str | None = None
+    """stop or length"""
+    stop_reason: str | int | None = None
+    logprobs: ChatLogprobs | None = None
+    token_ids: list[int] | None = None
+    """Those that are new."""
+
+
+class ChatCompletionChunk(Reply):
+    """One chunk of a streamed chat completion."""
+
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None
+    prompt_token_ids: list[int] | None = None
+    """With the first chunk."""
+
+
+class ClassificationResult(Reply):
+    """What was found out about one input."""
+
+    index: int
+    label: str
+    """The likeliest."""
+    probs: list[float]
+    """Of every label, in the order of their ids."""
+    num_classes: int
+
+
+class Classification(Reply):
+    """Reply of /classify."""
+
+    id: str
+    object: Literal["list"] = "list"
+    created: int
+    """Unix time, seconds."""
+    model: str
+    data: list[ClassificationResult]
+    usage: Usage
+
+
+class Model(Reply):
+    """A served model."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "maestrale"
+    max_model_len: int
+    """Prompt and completion together, tokens."""
+
+
+class ModelList(Reply):
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class WorkerStatus(Reply):
+    """One expert worker, as the controller sees it."""
+
+    name: str
+    address: str
+    num_experts: int
+    num_bytes: int
+
+
+class Readiness(Reply):
+    """Reply of GET /ready; HTTP 200 when `ready`, else 503."""
+
+    ready: bool
+    phase: str
+    percent: int
+    error: str | None = None
+    epoch: int
+    heads_ready: int
+    heads_expected: int
+    workers: list[WorkerStatus]
+
+
+class ErrorDetail(Reply):
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorBody(Reply):
+    """Body of every error reply, and of an error event in a stream."""
+
+    error: ErrorDetail
