@@ -44,14 +44,14 @@ turn."""
 
 
 def logprobs_of(token_id: int, num_top: int) -> TokenLogprobs:
-    """What the scripted heads say of a token: it is the second likeliest, after the id before it;
-    then come the ids below. The tenth is impossible.
+    """What the scripted heads say of a token: it is the second likeliest, after the id below it;
+    then come the ids below that. Odd ids are less likely than even ones, the tenth is impossible.
     """
-    top_ids = [(token_id - 1 - i) % VOCAB_SIZE for i in range(num_top)]
-    if num_top > 1:
-        top_ids[1:] = [token_id, *top_ids[1:-1]]
-    top = [-0.25 * (1 + i) if i < 9 else float("-inf") for i in range(num_top)]
-    return TokenLogprobs(-0.5, 2, tuple(top_ids), tuple(top))
+    own = -0.75 if token_id % 2 else -0.5
+    others = [(token_id - 1 - i) % VOCAB_SIZE for i in range(num_top)]
+    logprobs = [-0.25 - 0.25 * i if i < 8 else float("-inf") for i in range(num_top)]
+    top_ids, top = [*others[:1], token_id, *others[1:]], [*logprobs[:1], own, *logprobs[2:]]
+    return TokenLogprobs(own, 2, tuple(top_ids[:num_top]), tuple(top[:num_top]))
 
 
 LETTER_C = 70
@@ -142,7 +142,8 @@ class ScriptedEngine:
                 await asyncio.sleep(0)  # so that streams take turns
                 if isinstance(item, Exception):
                     raise item
-                token_ids = item if isinstance(item, tuple) else (item,)
+                room = journal.params.max_tokens - len(journal.emitted_ids)
+                token_ids = item[:room] if isinstance(item, tuple) else (item,)
                 journal.record(self._news(journal, token_ids))
                 yield token_ids
                 if journal.finish:

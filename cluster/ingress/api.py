@@ -242,20 +242,24 @@ class _Api:
             raise
         options = work.body.stream_options or StreamOptions()
         has_usage = options.include_usage and options.continuous_usage_stats
+        num_told = 0
 
         def event(chunk: Chunk) -> bytes:
             return sse.event(with_usage(chunk) if has_usage else chunk)
 
         def with_usage(chunk: Chunk) -> Chunk:
-            return chunk.model_copy(update={"usage": work.usage()})
+            return chunk.model_copy(update={"usage": work.usage(num_told)})
 
         async def events() -> AsyncGenerator[bytes, None]:
+            nonlocal num_told
             async with aclosing(deltas) as rest:
                 try:
                     for chunk in replies.opening():
                         yield event(chunk)
+                    num_told = len(delta.token_ids)
                     yield event(replies.chunk(index, delta))
                     async for next_index, next_delta in rest:
+                        num_told += len(next_delta.token_ids)
                         yield event(replies.chunk(next_index, next_delta))
                     if options.include_usage:
                         yield sse.event(with_usage(replies.closing()))

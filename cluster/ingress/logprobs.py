@@ -126,12 +126,13 @@ def _floored(logprob: float) -> float:
 
 
 def _by_spelling(one: TokenReport) -> dict[str, float] | None:
-    """The likeliest of those that are spelled alike."""
+    """Of those that are spelled alike the chosen one, else the likeliest."""
     if one.chosen is None:
         return None
     found: dict[str, float] = {}
-    for candidate in (*one.top, one.chosen):
+    for candidate in one.top:
         found.setdefault(candidate.spelling, _floored(candidate.logprob))
+    found[one.chosen.spelling] = _floored(one.chosen.logprob)
     return found
 
 
@@ -146,12 +147,12 @@ def _token_logprob(candidate: Candidate) -> TokenLogprob:
 def _by_id(one: TokenReport) -> dict[int, PromptLogprob] | None:
     if one.chosen is None:
         return None
-    ranked = [(one.rank, one.chosen), *enumerate(one.top, start=1)]
+    ranked = [*enumerate(one.top, start=1), (one.rank, one.chosen)]
     return {
         candidate.token_id: PromptLogprob(
             logprob=_floored(candidate.logprob),
             rank=rank,
             decoded_token=candidate.spelling,
         )
-        for rank, candidate in reversed(ranked)  # the chosen one's own rank last, so that it holds
+        for rank, candidate in ranked
     }

@@ -69,10 +69,9 @@ class Work:
         """What the text of a journal's choice begins with."""
         return self.echoes[index // self.body.num_drawn]
 
-    def usage(self) -> Usage:
-        """As it stands. Choices beyond a prompt's first cost no prompt tokens."""
+    def usage(self, num_emitted: int) -> Usage:
+        """After so many tokens of answers. A prompt counts once, however many choices it has."""
         num_prompt = sum(len(journal.prompt_ids) for journal in self.prompts)
-        num_emitted = sum(len(journal.emitted_ids) for journal in self.journals)
         num_cached = sum(journal.num_reused or 0 for journal in self.prompts)
         return Usage(
             prompt_tokens=num_prompt,

@@ -93,7 +93,7 @@ class CompletionReplies:
             self._choice(index, journal, answer, is_first=True)
             for index, (journal, answer) in enumerate(best(self._work, answers))
         ]
-        return self._reply(choices, self._work.usage())
+        return self._reply(choices, _usage(self._work, answers))
 
     def _choice(
         self, index: int, journal: Journal, delta: TextDelta, is_first: bool
@@ -170,7 +170,7 @@ class ChatReplies:
                 )
                 for index, (_, answer) in enumerate(best(self._work, answers))
             ],
-            usage=self._work.usage(),
+            usage=_usage(self._work, answers),
             prompt_logprobs=_prompt_logprobs(self._work, self._work.journals[0], self._tokenizer),
             prompt_token_ids=self._prompt_ids(),
         )
@@ -189,6 +189,10 @@ class ChatReplies:
     def _prompt_ids(self) -> list[int] | None:
         wanted = self._work.body.return_token_ids
         return list(self._work.journals[0].prompt_ids) if wanted else None
+
+
+def _usage(work: Work, answers: Sequence[TextDelta]) -> Usage:
+    return work.usage(sum(len(answer.token_ids) for answer in answers))
 
 
 def _mean_logprob(journal: Journal) -> float:

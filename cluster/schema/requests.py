@@ -134,6 +134,7 @@ class ModelRequest(BaseModel):
     model: str | None = None
     """Served model id; the one model there is when left out."""
     user: str | None = None
+    """Who asks, where no key says so: heads serve the users, or keys, that wait evenly."""
 
     @model_validator(mode="before")
     @classmethod

@@ -4,14 +4,17 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import httpx
+import jsonschema
 import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.client import Client
 from cluster.errors import BadRequestError, NotFoundError
+from cluster.schema import Usage
 from model import Mixtral
 from tests.integration.conftest import Service
 
@@ -99,7 +102,9 @@ def test_openai_chat_streamed_and_plain(openai_client: openai.OpenAI) -> None:
     assert chunks[0].choices[0].delta.role == "assistant"
     text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
     assert text == "A cow says moo."
-    assert chunks[-1].usage == plain.usage
+    assert chunks[-1].usage is not None
+    assert plain.usage is not None
+    assert chunks[-1].usage.total_tokens == plain.usage.total_tokens
 
 
 def test_openai_lists_the_model(openai_client: openai.OpenAI) -> None:
@@ -193,7 +198,8 @@ BAD_BODIES = [
     ({"prompt": PROMPT, "top_p": 0}, 400, "top_p"),
     ({"prompt": PROMPT, "seed": 2**63}, 400, "seed"),
     ({"prompt": PROMPT, "stop": [""]}, 400, "stop"),
-    ({"prompt": PROMPT, "logprobs": 3}, 400, "logprobs"),
+    ({"prompt": PROMPT, "logprobs": 21}, 400, "logprobs"),
+    ({"prompt": PROMPT, "logit_bias": {"999999": 1}}, 400, "logit_bias"),
     ({"prompt": PROMPT, "model": "nope"}, 404, "model"),
 ]
 
@@ -224,6 +230,150 @@ def test_roles_must_alternate(client: Client) -> None:
     with pytest.raises(BadRequestError, match="alternate") as error:
         client.chat.completions.create(messages=twice)
     assert error.value.param == "messages"
+
+
+def test_logprobs_are_those_that_the_tokens_have_as_a_prompt(openai_client: openai.OpenAI) -> None:
+    """What is reported of a token as it is drawn, and when it is read back."""
+    drawn = openai_client.completions.create(
+        model="tiny-mixtral", prompt=PROMPT, max_tokens=12, temperature=0, logprobs=3, echo=True
+    )
+    again = openai_client.completions.create(
+        model="tiny-mixtral", prompt=drawn.choices[0].text, max_tokens=0, logprobs=3, echo=True
+    )
+    one, other = drawn.choices[0].logprobs, again.choices[0].logprobs
+    assert one is not None
+    assert other is not None
+    assert "".join(one.tokens or ()) == drawn.choices[0].text == again.choices[0].text
+    assert one.tokens == other.tokens
+    assert one.text_offset == other.text_offset
+    assert one.token_logprobs is not None
+    assert other.token_logprobs is not None
+    assert one.token_logprobs[0] is other.token_logprobs[0] is None
+    assert one.token_logprobs[1:] == pytest.approx(other.token_logprobs[1:], abs=1e-4)
+    assert again.usage is not None
+    assert again.usage.completion_tokens == 0
+
+
+def test_chat_logprobs_streamed_and_plain(openai_client: openai.OpenAI) -> None:
+    body: dict[str, Any] = {
+        "model": "tiny-mixtral",
+        "messages": [{"role": "user", "content": "What does a cow say?"}],
+        "temperature": 0,
+        "logprobs": True,
+        "top_logprobs": 2,
+    }
+    plain = openai_client.chat.completions.create(**body).choices[0]
+    assert plain.logprobs is not None
+    content = plain.logprobs.content or []
+    assert "".join(each.token for each in content) == plain.message.content == "A cow says moo."
+    for each in content:  # greedy, so the likeliest was drawn
+        assert each.top_logprobs[0].logprob == each.logprob <= 0
+        assert len(each.top_logprobs) == 2
+    streamed = [
+        each
+        for chunk in openai_client.chat.completions.create(**body, stream=True)
+        for each in (chunk.choices[0].logprobs and chunk.choices[0].logprobs.content) or ()
+    ]
+    assert streamed == content
+
+
+def test_an_answer_has_the_form_of_its_schema(openai_client: openai.OpenAI) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"animal": {"enum": ["cow", "dog"]}, "legs": {"type": "integer"}},
+        "required": ["animal", "legs"],
+        "additionalProperties": False,
+    }
+    for seed in range(3):
+        reply = openai_client.chat.completions.create(
+            model="tiny-mixtral",
+            messages=[{"role": "user", "content": "Name an animal."}],
+            seed=seed,
+            response_format={
+                "type": "json_schema",
+                "json_schema": {"name": "animal", "schema": schema},
+            },
+        )
+        assert reply.choices[0].finish_reason == "stop"
+        jsonschema.validate(json.loads(reply.choices[0].message.content or ""), schema)
+
+
+def test_a_form_that_cannot_be_is_refused(http: httpx.Client) -> None:
+    body = {"prompt": PROMPT, "structured_outputs": {"regex": "[.*"}, "stream": True}
+    response = http.post("/v1/completions", json=body)
+    assert response.status_code == 400
+    assert response.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_choices_are_the_librarys(client: Client, mixtral: Mixtral) -> None:
+    asked = {"max_tokens": 24, "temperature": 0.9, "seed": 3}
+    reply = client.completions.create(prompt=PROMPT, n=3, **asked)
+    expected = mixtral.generate(PROMPT, num_return_sequences=3, **asked)
+    assert [choice.text for choice in reply.choices] == expected
+    alone = client.completions.create(prompt=PROMPT, **asked)
+    assert alone.choices[0].text == expected[0]
+
+
+def test_what_penalties_bias_and_bans_do_is_what_the_library_does(
+    client: Client, mixtral: Mixtral
+) -> None:
+    """A penalty on presence, an id that must not come, and a word that must not."""
+    plain = client.completions.create(
+        prompt=PROMPT, max_tokens=24, temperature=0, return_token_ids=True
+    ).choices[0]
+    assert plain.token_ids
+    banned = plain.token_ids[0]
+    asked = {"max_tokens": 24, "temperature": 0, "presence_penalty": 1.5, "frequency_penalty": 0.5}
+    reply = client.completions.create(
+        prompt=PROMPT, logit_bias={banned: -100}, return_token_ids=True, **asked
+    )
+    expected = mixtral.generate(PROMPT, logit_bias=((banned, -100.0),), **asked)
+    assert reply.choices[0].text == expected != plain.text
+    assert banned not in (reply.choices[0].token_ids or ())
+    word = plain.text.split()[1]
+    reply = client.completions.create(prompt=PROMPT, bad_words=[word], **asked)
+    assert f" {word} " not in f"{reply.choices[0].text} "
+
+
+def test_the_second_request_finds_the_firsts_prompt_in_the_cache(client: Client) -> None:
+    prompt = "The fox and the hen went to the hill. " * 6
+
+    def ask(**salt: str) -> Usage:
+        usage = client.completions.create(prompt=prompt, max_tokens=2, temperature=0, **salt).usage
+        assert usage is not None
+        return usage
+
+    def num_cached(usage: Usage) -> int:
+        assert usage.prompt_tokens_details is not None
+        return usage.prompt_tokens_details.cached_tokens
+
+    first, second, salted = ask(), ask(), ask(cache_salt="mine")
+    assert num_cached(first) < num_cached(second) == second.prompt_tokens - 1
+    assert num_cached(salted) == 0
+
+
+@pytest.mark.parametrize("temperature", [0, 0.8])
+def test_guessing_ahead_changes_no_text(client: Client, temperature: float) -> None:
+    asked: dict[str, Any] = {
+        "prompt": "The dog ran. The cat ran. The dog ran. The cat",
+        "max_tokens": 60,
+        "temperature": temperature,
+        "seed": 5,
+        "logprobs": 1,
+        "return_token_ids": True,
+    }
+    accepted = counted(client, "maestrale_accepted_draft_tokens_total")
+    plain = client.completions.create(**asked).choices[0]
+    guessed = client.completions.create(**asked, num_speculative_tokens=8).choices[0]
+    assert (guessed.text, guessed.token_ids) == (plain.text, plain.token_ids)
+    assert guessed.logprobs is not None
+    assert plain.logprobs is not None
+    assert guessed.logprobs.tokens == plain.logprobs.tokens
+    assert counted(client, "maestrale_accepted_draft_tokens_total") > accepted or temperature
+    stop = plain.text[-12:-6]  # likely to end in the middle of several tokens
+    cut = client.completions.create(**asked, num_speculative_tokens=8, stop=stop).choices[0]
+    assert cut.text == plain.text[: plain.text.index(stop)]
+    assert cut.stop_reason == stop
 
 
 def test_after_all_that_the_server_still_serves(client: Client, mixtral: Mixtral) -> None:

@@ -368,6 +368,53 @@ def test_replies_are_typed() -> None:
     assert model.max_model_len == 512
 
 
+def test_what_replies_say_of_tokens_is_typed() -> None:
+    asked = {"logprobs": 1, "logit_bias": {7: -100}, "response_format": {"type": "json_object"}}
+    of_completion = {
+        "tokens": [" blows"],
+        "token_logprobs": [None],
+        "top_logprobs": [None],
+        "text_offset": [0],
+    }
+    of_prompt = [None, {"7": {"logprob": -1, "rank": 3, "decoded_token": "a"}}]
+    choice = {
+        **COMPLETION["choices"][0],
+        "logprobs": of_completion,
+        "prompt_logprobs": of_prompt,
+        "stop_reason": 7,
+    }
+    server = Server(httpx.Response(200, json={**COMPLETION, "choices": [choice]}))
+    completion = server.client().completions.create(prompt="a", **asked)
+    assert server.body == {"prompt": "a", **asked, "logit_bias": {"7": -100}}
+    (told,) = completion.choices
+    assert told.logprobs is not None
+    assert told.logprobs.tokens == [" blows"]
+    assert told.prompt_logprobs is not None
+    assert told.prompt_logprobs[1] is not None
+    assert told.prompt_logprobs[1][7].rank == 3
+    assert told.stop_reason == 7
+
+    token = {"token": "Yes", "logprob": -0.5, "bytes": [89, 101, 115]}
+    choice = {
+        **CHAT["choices"][0],
+        "logprobs": {"content": [{**token, "top_logprobs": [token]}]},
+    }
+    usage = {
+        "prompt_tokens": 3,
+        "completion_tokens": 1,
+        "total_tokens": 4,
+        "prompt_tokens_details": {"cached_tokens": 2},
+    }
+    server = Server(httpx.Response(200, json={**CHAT, "choices": [choice], "usage": usage}))
+    chat = server.client().chat.completions.create(messages=[], logprobs=True, top_logprobs=1)
+    assert server.body == {"messages": [], "logprobs": True, "top_logprobs": 1}
+    assert chat.choices[0].logprobs is not None
+    assert chat.choices[0].logprobs.content[0].top_logprobs[0].bytes == list(b"Yes")
+    assert chat.usage is not None
+    assert chat.usage.prompt_tokens_details is not None
+    assert chat.usage.prompt_tokens_details.cached_tokens == 2
+
+
 def test_what_a_newer_server_adds_is_kept() -> None:
     reply = {**COMPLETION, "speed": 7}
     completion = Server(httpx.Response(200, json=reply)).client().completions.create(prompt="a")

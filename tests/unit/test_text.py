@@ -113,6 +113,23 @@ def test_without_stop_strings_everything_passes_at_once() -> None:
     assert matcher.flush() == ""
 
 
+@given(text=TEXTS, cuts=CUTS, stops=STOPS)
+def test_a_stop_string_that_is_shown_is_the_one_that_was_met(
+    text: str, cuts: list[int], stops: list[str]
+) -> None:
+    matcher, hidden = StopMatcher(stops, shows_stop=True), StopMatcher(stops)
+    out = before = ""
+    for piece in cut(text, cuts):
+        out += matcher.push(piece)[0]
+        before += hidden.push(piece)[0]
+        assert matcher.met == hidden.met
+        if matcher.met is not None:
+            assert matcher.met in stops
+            assert out == before + matcher.met
+            return
+    assert out + matcher.flush() == text
+
+
 # --- ids to text ---
 
 

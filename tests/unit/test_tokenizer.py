@@ -159,6 +159,21 @@ def test_a_leading_space_is_dropped_only_where_nothing_came_before(tokenizer: To
     assert "".join(after_text.push(token_id) for token_id in ids) == " a word"
 
 
+@pytest.mark.parametrize("text", AWKWARD)
+@pytest.mark.parametrize("continues_text", [False, True])
+def test_what_each_token_adds_joins_to_the_texts_bytes(
+    tokenizer: Tokenizer, text: str, continues_text: bool
+) -> None:
+    stream = StreamDecoder(tokenizer, continues_text=continues_text)
+    data, shown = b"", ""
+    for token_id in tokenizer.encode_prompt(text):
+        data += stream.bytes_of(token_id)
+        shown += stream.push(token_id)
+        assert stream.is_within_character == (data != shown.encode())
+    assert data.decode() == shown
+    assert stream.bytes_of(tokenizer.vocab_size) == b""
+
+
 @pytest.mark.parametrize("offset", [0, 1, 10**9])
 def test_ids_out_of_vocabulary_are_refused(tokenizer: Tokenizer, offset: int) -> None:
     for token_id in (tokenizer.vocab_size + offset, -1 - offset):
