@@ -148,7 +148,8 @@ def new_engine(
     if num_sequences > 1:
         step_tokens = max(step_tokens, num_sequences * max_len)
     block_size = served.block_size
-    num_blocks = num_sequences * -(-max_len // block_size)
+    # one more each, for sequences are admitted only while those that run have one to spare
+    num_blocks = num_sequences * (1 + -(-max_len // block_size))
     scheduler = Scheduler(
         BlockPool(num_blocks=num_blocks, block_size=block_size),
         max_running=num_sequences,
