@@ -7,6 +7,7 @@ transformers' `generate`.
 Shape suffixes: B running beams, V vocabulary.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -20,7 +21,9 @@ from model.decoder import Decoder
 from model.errors import SamplingError
 from model.experts import Experts
 from model.kv_cache import KVCache
-from model.sampler import History, look_back
+from model.penalties import process
+from model.row import Row
+from model.sampler import NOTHING_ALLOWED
 from model.sampling_params import SamplingParams
 
 _BLOCK_SIZE = 16
@@ -101,6 +104,7 @@ class BeamSearch:
         """Extend the running beams by one token each.
 
         logits_BV: one row per running beam. Returns from which of them each new one descends.
+        Raises SamplingError where the parameters forbid every token.
         """
         vocab_size = logits_BV.shape[1]
         scores_BV = self._log_probabilities(logits_BV) + logits_BV.new_tensor(
@@ -117,6 +121,8 @@ class BeamSearch:
         parents: list[int] = []
         ranked = zip(best.indices.tolist(), best.values.tolist(), final_scores, strict=True)
         for rank, (index, score, final_score) in enumerate(ranked):
+            if score == -math.inf:
+                break  # forbidden, as all that follow
             parent, token_id = divmod(index, vocab_size)
             token_ids = (*self.running[parent].token_ids, token_id)
             has_ended = token_id in self.params.stop_token_ids or self._ends(token_ids)
@@ -130,17 +136,17 @@ class BeamSearch:
         self.finished.sort(key=lambda beam: -beam.score)
         del self.finished[self.beams.num_beams :]
         self.running = running
+        if not running and not self.finished:
+            raise SamplingError("bad_words", NOTHING_ALLOWED)
         self.is_done = is_last or not running or self._cannot_improve(length)
         return parents
 
     def _log_probabilities(self, logits_BV: Tensor) -> Tensor:
-        histories = [
-            History([*self.prompt_ids, *beam.token_ids], len(self.prompt_ids))
+        rows = [
+            Row(self.params, [*self.prompt_ids, *beam.token_ids], len(self.prompt_ids))
             for beam in self.running
         ]
-        return look_back(
-            logits_BV.log_softmax(dim=-1), [self.params] * len(self.running), histories
-        )
+        return process(logits_BV.log_softmax(dim=-1), rows)
 
     def _cannot_improve(self, length: int) -> bool:
         if len(self.finished) < self.beams.num_beams:

@@ -205,7 +205,9 @@ class Mixtral:
         attention_mask:       0 where a prompt is padded, 1 elsewhere.
         num_return_sequences: so many outputs for every prompt, one after the other: the choices
                               that follow the parameters' own.
-        Raises PromptError for a prompt that is empty, out of vocabulary or too long.
+        Raises PromptError for a prompt that is empty, out of vocabulary or too long, and
+        SamplingError for parameters that name ids out of vocabulary, forbid every token, or ask
+        for log-probabilities.
         """
         num_each = _check_count(num_return_sequences)
         each = [ids for ids in steps.drop_padding(prompts, attention_mask) for _ in range(num_each)]
@@ -291,6 +293,10 @@ class Mixtral:
     def _check(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> None:
         for prompt, p in zip(prompts, params, strict=True):
             steps.check_prompt(self.config, prompt, p.max_tokens)
+            p.check_vocabulary(self.config.vocab_size)
+            for name in ("logprobs", "prompt_logprobs"):
+                if getattr(p, name) is not None:
+                    raise SamplingError(name, f"{name}: only served; here, `logits` has them all")
 
     def _texts(
         self,

@@ -11,10 +11,11 @@ from model.batch import Span, build_batch
 from model.blocks import BlockPool
 from model.config import MixtralConfig
 from model.decoder import Decoder, Trace
-from model.errors import PromptError
+from model.errors import PromptError, SamplingError
 from model.experts import Experts
 from model.kv_cache import KVCache
-from model.sampler import History, sample
+from model.row import Row
+from model.sampler import NOTHING_ALLOWED, sample
 from model.sampling_params import SamplingParams
 
 _BLOCK_SIZE = 16
@@ -70,24 +71,24 @@ def complete(
     """Run all prompts to their ends; each step yields {prompt index: new token id}.
 
     ended: prompts that the caller wants no more of; read after every step, so it may grow.
+    Raises SamplingError where parameters forbid every token.
     """
     rooms = [len(prompt) + p.max_tokens for prompt, p in zip(prompts, params, strict=True)]
     cache, blocks = _new_cache(decoder, rooms)
     known = [list(prompt) for prompt in prompts]
+    rows = [Row(p, ids, len(ids)) for p, ids in zip(params, known, strict=True)]
     num_computed = [0] * len(prompts)
     running = list(range(len(prompts)))
     while running:
         spans = [Span(known[i][num_computed[i] :], num_computed[i], blocks[i]) for i in running]
         batch = build_batch(spans, block_size=_BLOCK_SIZE, device=decoder.device)
         logits_SV = decoder.forward(batch, cache, experts)
-        token_ids = sample(
-            logits_SV,
-            [params[i] for i in running],
-            [len(known[i]) for i in running],
-            [History(known[i], len(prompts[i])) for i in running],
-        )
-        emitted = dict(zip(running, token_ids, strict=True))
-        for i, token_id in emitted.items():
+        emitted: dict[int, int] = {}
+        sampled = sample(logits_SV, [rows[i] for i in running])
+        for i, token_id in zip(running, sampled.token_ids, strict=True):
+            if token_id is None:
+                raise SamplingError("bad_words", NOTHING_ALLOWED)
+            emitted[i] = token_id
             num_computed[i] = len(known[i])
             known[i].append(token_id)
         yield emitted

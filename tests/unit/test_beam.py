@@ -52,6 +52,7 @@ def transformers_beams(
         max_new_tokens=params.max_tokens,
         min_new_tokens=params.min_tokens,
         repetition_penalty=params.repetition_penalty,
+        bad_words_ids=[list(word) for word in params.bad_words] or None,
         num_beams=beams.num_beams,
         num_return_sequences=beams.num_beams,
         length_penalty=beams.length_penalty,
@@ -88,6 +89,7 @@ def assert_same_beams(
                 min_tokens=9,
                 repetition_penalty=1.3,
                 stop_token_ids=(2, 5),
+                bad_words=((266,), (1995, 326)),
             ),
             BeamParams(num_beams=3, length_penalty=0.0),
         ),
@@ -109,6 +111,16 @@ def test_beams_are_transformers_in_a_padded_batch(
     # and without padding, alone
     alone = mixtral.beam_search_ids(prompts[-1:], [params], beams)[0]
     assert [beam.token_ids for beam in alone] == [beam.token_ids for beam in found[-1]]
+
+
+def test_beams_hold_nothing_that_is_forbidden(mixtral: Mixtral, prompts: list[list[int]]) -> None:
+    # fewer tokens than beams, so that at first some beams have no descendant
+    params = replace(SHORT, allowed_token_ids=(5, 9), bad_words=((5, 5), (9, 9)), max_tokens=3)
+    found = mixtral.beam_search_ids(prompts[:1], [params], BeamParams(num_beams=4))[0]
+    assert {beam.token_ids for beam in found} == {(5, 9, 5), (9, 5, 9)}
+    stuck = replace(params, bad_words=((5,), (9,)))
+    with pytest.raises(SamplingError, match="leave no token"):
+        mixtral.beam_search_ids(prompts[:1], [stuck], BeamParams(num_beams=4))
 
 
 @settings(max_examples=4)

@@ -43,6 +43,8 @@ def transformers_greedy(
         max_new_tokens=params.max_tokens,
         min_new_tokens=params.min_tokens,
         repetition_penalty=params.repetition_penalty,
+        bad_words_ids=[list(word) for word in params.bad_words] or None,
+        sequence_bias={(token_id,): bias for token_id, bias in params.logit_bias} or None,
     )
     outputs = []
     for row in generated[:, ids.shape[1] :].tolist():
@@ -65,6 +67,7 @@ def reference(tiny_folder: Path) -> Any:
         {"max_tokens": 100},
         {"max_tokens": 30, "repetition_penalty": 1.3, "min_tokens": 20},
         {"max_tokens": 30, "repetition_penalty": 0.9, "stop_token_ids": (2, 13, 263)},
+        {"max_tokens": 30, "bad_words": ((266,), (1995, 326)), "logit_bias": ((5, -9.0),)},
     ],
     ids=str,
 )
@@ -295,6 +298,9 @@ def test_what_cannot_be_generated_is_refused_by_name(mixtral: Mixtral) -> None:
         ("stop", ["a", ""]),
         ("min_tokens", 17),
         ("typical_p", 0.0),
+        ("logit_bias", ((2048, 1.0),)),
+        ("logprobs", 3),
+        ("bad_words", tuple((token_id,) for token_id in range(2048))),
     ):
         with pytest.raises(SamplingError, match=field.replace("stop", "stop string")):
             mixtral.generate(PROMPT, **{field: value})  # type: ignore[call-overload]
