@@ -13,6 +13,7 @@ from cluster.errors import ExpertsUnavailableError
 from cluster.head.engine import Engine, Event
 from cluster.head.masks import GrammarMasks
 from cluster.head.scheduler import Scheduler
+from cluster.head.stopwatch import Stopwatch
 from cluster.metrics import HeadMetrics, StepStats
 from cluster.placement import Placement, WorkerInfo, held_by
 from cluster.rpc import Identity
@@ -157,14 +158,16 @@ class Head:
         scheduler = Scheduler(
             self.pool, max_running=max_running, max_tokens_per_step=max_tokens_per_step
         )
+        stopwatch = Stopwatch()
         self.engine = Engine(
-            decoder or mixtral.decoder,
+            decoder or Decoder(mixtral.config, mixtral.decoder.weights, phases=stopwatch),
             cache,
             scheduler,
             experts or mixtral.experts,
             self.metrics,
             max_model_len=max_model_len,
             grammars=GrammarMasks(grammars) if grammars else None,
+            stopwatch=stopwatch,
         )
 
     @contextmanager
