@@ -14,7 +14,7 @@ COUNTED := awk '/^Collecting /{printf "\r  %3d packages, now %-40s", ++n, $$2; f
 	/^Installing collected/{printf "\r  %3d packages, installing them %-30s\n", n, ""; fflush()}'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test test-unit check protos bench clean
+.PHONY: help demo serve test test-unit test-soak check protos bench clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -31,6 +31,9 @@ test: check  ## Checks, unit tests, integration tests
 
 test-unit: $(VENV)/.dev  ## Unit tests alone: no network, no Ray, under a minute
 	$(BIN)/python -m pytest -q -n 2 tests/unit
+
+test-soak: $(VENV)/.dev  ## Minutes-long runs, for tests/bench/RESULTS.md
+	$(BIN)/python -m pytest -q -s tests/soak
 
 check: $(VENV)/.dev  ## Lint, format, types, import layers
 	$(BIN)/ruff check .

@@ -18,12 +18,28 @@ from prometheus_client.core import Metric
 from prometheus_client.exposition import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from model.phases import Phase
+
 logger = logging.getLogger(__name__)
 
 disable_created_metrics()  # a second series per counter that nobody charts
 
 _STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _REQUEST_BUCKETS = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+
+
+PARTS = (
+    "attention",
+    "routing",
+    "packing",
+    "transfer",
+    "experts",
+    "unpacking",
+    "logits",
+    "sampling",
+    "host",
+)
+"""Of a step's time. host: scheduling, building tensors, publishing, and the decoder's inputs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,11 +65,19 @@ class StepStats:
     num_blocks: int
     forward_s: float
     """Forward pass, waiting for experts included."""
-    experts_s: float
-    """Of the forward pass: sending rows and waiting for their sums."""
     sampling_s: float
     host_s: float
     """Scheduling, tensor building and publishing."""
+    phases: Mapping[Phase, float]
+    """Seconds of the forward pass by phase; empty where nobody watches."""
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Seconds by PARTS; they sum to the step's whole time."""
+        parts: dict[str, float] = {p: s for p, s in self.phases.items() if p in PARTS}
+        parts["host"] = self.forward_s + self.host_s - sum(parts.values())
+        parts["sampling"] = self.sampling_s
+        return {part: parts[part] for part in PARTS if part in parts}
 
 
 class Registry:
@@ -125,10 +149,8 @@ class HeadMetrics(Registry):
         self._preempted.inc(stats.num_preempted)
         self._drafted.inc(stats.num_drafted)
         self._accepted.inc(stats.num_accepted)
-        self._seconds.labels("forward").observe(stats.forward_s)
-        self._seconds.labels("experts").observe(stats.experts_s)
-        self._seconds.labels("sampling").observe(stats.sampling_s)
-        self._seconds.labels("host").observe(stats.host_s)
+        for part, seconds in stats.parts.items():
+            self._seconds.labels(part).observe(seconds)
         self._running.set(stats.num_sequences)
         self._waiting.set(stats.num_waiting)
         self._free_blocks.set(stats.num_free_blocks)

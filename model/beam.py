@@ -14,8 +14,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from model.batch import Span, build_batch, slots_of
-from model.blocks import BlockPool
+from model.batch import Span, build_batch
+from model.blocks import BlockPool, BlockTable
 from model.decoder import Decoder
 from model.errors import SamplingError
 from model.experts import Experts
@@ -159,37 +159,38 @@ class BeamSearch:
 
 
 class _Tables:
-    """The blocks of one search: those that the prompt fills belong to all of its beams, the rest
-    to one each.
+    """The block tables of one search's running beams.
+
+    Beams share the blocks of the tokens that they have in common. Only a block that two of them
+    are going to write to is copied, when they part.
     """
 
-    def __init__(self, search: BeamSearch, pool: BlockPool) -> None:
-        num_prompt_tokens = len(search.prompt_ids)
-        shared = pool.allocate(num_prompt_tokens // pool.block_size) or []
-        self.first_own = len(shared) * pool.block_size
-        """Position of the first token that does not lie in a shared block."""
-        room = num_prompt_tokens + search.params.max_tokens - self.first_own
-        self.of_beam = [
-            shared + (pool.allocate(pool.blocks_for(room)) or [])
-            for _ in range(search.beams.num_beams)
-        ]
+    def __init__(self, pool: BlockPool) -> None:
+        self._pool = pool
+        self.of_beam = [BlockTable(pool)]
 
-    def fork(self, parents: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-        """Give each new beam its table; returns (from, to) for each that must be copied.
+    def fork(self, parents: Sequence[int], num_computed: int) -> list[tuple[int, int]]:
+        """Give each new beam the table of its parent; returns (from, to) of blocks to be copied.
 
         A beam's first child takes its table over, so that beams which all go on copy nothing.
+        num_computed: tokens whose keys and values are there, in each beam.
         """
-        orphaned = [table for i, table in enumerate(self.of_beam) if i not in parents]
-        inherited: set[int] = set()
-        tables, copies = [], []
-        for parent in parents:
-            if parent not in inherited:
-                inherited.add(parent)
-                tables.append(self.of_beam[parent])
-            else:
-                tables.append(orphaned.pop())
-                copies.append((self.of_beam[parent], tables[-1]))
-        self.of_beam = tables + orphaned
+        for beam, table in enumerate(self.of_beam):
+            if beam not in parents:
+                table.release()
+        num_full = num_computed // self._pool.block_size
+        tables: list[BlockTable] = []
+        copies: list[tuple[int, int]] = []
+        for beam, parent in enumerate(parents):
+            table = self.of_beam[parent]
+            if parent in parents[:beam]:
+                table = BlockTable(self._pool, table.blocks[:num_full])
+                table.grow(num_computed)
+                copies += zip(
+                    self.of_beam[parent].blocks[num_full:], table.blocks[num_full:], strict=True
+                )
+            tables.append(table)
+        self.of_beam = tables
         return copies
 
 
@@ -199,36 +200,43 @@ def run(decoder: Decoder, experts: Experts, searches: Sequence[BeamSearch]) -> N
         num_blocks=max(1, sum(_num_blocks(search) for search in searches)), block_size=_BLOCK_SIZE
     )
     cache = decoder.new_cache(num_blocks=pool.num_blocks, block_size=_BLOCK_SIZE)
-    active = [(search, _Tables(search, pool)) for search in searches]
+    active = [(search, _Tables(pool)) for search in searches]
     while active:
         spans = [
-            _next_span(search, beam, blocks)
+            _next_span(search, beam, table)
             for search, tables in active
-            for beam, blocks in zip(search.running, tables.of_beam, strict=False)
+            for beam, table in zip(search.running, tables.of_beam, strict=True)
         ]
         batch = build_batch(spans, block_size=_BLOCK_SIZE, device=decoder.device)
         logits = decoder.forward(batch, cache, experts)
         rows = logits.split([len(search.running) for search, _ in active])
-        sources: list[int] = []
-        targets: list[int] = []
+        copies: list[tuple[int, int]] = []
         for (search, tables), logits_BV in zip(active, rows, strict=True):
             num_computed = len(search.prompt_ids) + len(search.running[0].token_ids)
-            own = (tables.first_own, num_computed)
-            for source, target in tables.fork(search.advance(logits_BV)):
-                sources += slots_of(source, _BLOCK_SIZE, *own)
-                targets += slots_of(target, _BLOCK_SIZE, *own)
-        cache.copy(sources, targets)
+            copies += tables.fork(search.advance(logits_BV), num_computed)
+        cache.copy(
+            [slot for source, _ in copies for slot in _slots(source)],
+            [slot for _, target in copies for slot in _slots(target)],
+        )
         active = [(search, tables) for search, tables in active if not search.is_done]
 
 
+def _slots(block: int) -> range:
+    return range(block * _BLOCK_SIZE, (block + 1) * _BLOCK_SIZE)
+
+
 def _num_blocks(search: BeamSearch) -> int:
+    """What its beams hold at most: the prompt's full blocks together, the rest each its own."""
     num_prompt_tokens = len(search.prompt_ids)
     shared = num_prompt_tokens // _BLOCK_SIZE
     whole = -(-(num_prompt_tokens + search.params.max_tokens) // _BLOCK_SIZE)
     return shared + search.beams.num_beams * (whole - shared)
 
 
-def _next_span(search: BeamSearch, beam: Beam, blocks: Sequence[int]) -> Span:
+def _next_span(search: BeamSearch, beam: Beam, table: BlockTable) -> Span:
+    known = len(search.prompt_ids) + len(beam.token_ids)
+    has_room = table.grow(known)
+    assert has_room, f"{search} needs more blocks than reckoned"
     if not beam.token_ids:
-        return Span(search.prompt_ids, 0, blocks)
-    return Span(beam.token_ids[-1:], len(search.prompt_ids) + len(beam.token_ids) - 1, blocks)
+        return Span(search.prompt_ids, 0, table.blocks)
+    return Span(beam.token_ids[-1:], known - 1, table.blocks)

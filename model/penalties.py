@@ -30,7 +30,7 @@ def process(logits_SV: Tensor, rows: Sequence[Row], masks: Masks | None = None) 
     shaped = [i for i, row in enumerate(rows) if not row.is_plain or i in masks]
     if not shaped:
         return logits_SV
-    logits_SV = logits_SV.clone()
+    logits_SV = logits_SV.clone(memory_format=torch.contiguous_format)
     _mask(logits_SV, rows, shaped, masks)
     _forbid(logits_SV, [(i, rows[i].completing_ids()) for i in shaped if rows[i].params.bad_words])
     _hold_back_stops(logits_SV, rows, shaped, masks)
@@ -94,9 +94,9 @@ def _add_biases(logits_SV: Tensor, rows: Sequence[Row], biased: list[int]) -> No
     if not biased:
         return
     pairs = [rows[i].biases() for i in biased]
-    at_L = _entries(biased, [ids for ids, _ in pairs], logits_SV.device)
+    at_L = _entries(logits_SV, biased, [ids for ids, _ in pairs])
     biases_L = torch.from_numpy(np.concatenate([values for _, values in pairs]))
-    logits_SV[at_L] += biases_L.to(logits_SV)
+    logits_SV.view(-1).index_add_(0, at_L, biases_L.to(logits_SV))
 
 
 def _penalise(logits_SV: Tensor, rows: Sequence[Row], penalised: list[int]) -> None:
@@ -114,22 +114,20 @@ def _penalise(logits_SV: Tensor, rows: Sequence[Row], penalised: list[int]) -> N
             np.repeat([float(getattr(rows[i].params, field)) for i in penalised], lengths)
         )
 
-    at_L = _entries(penalised, [ids for ids, _ in tallies], logits_SV.device)
+    at_L = _entries(logits_SV, penalised, [ids for ids, _ in tallies])
     counts_L = column(np.concatenate([counts for _, counts in tallies]))
     factors_L = spread("repetition_penalty")
-    values_L = logits_SV[at_L]
+    values_L = logits_SV.view(-1).index_select(0, at_L)
     values_L = torch.where(values_L < 0, values_L * factors_L, values_L / factors_L)
     values_L -= spread("frequency_penalty") * counts_L
     values_L -= spread("presence_penalty") * (counts_L > 0)
-    logits_SV[at_L] = values_L
+    logits_SV.view(-1).index_copy_(0, at_L, values_L)
 
 
-def _entries(
-    rows: Sequence[int], ids: Sequence[NDArray[np.int64]], device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Row and column of every id, (L,) each."""
-    rows_L = np.repeat(np.array(rows, dtype=np.int64), [len(own) for own in ids])
-    return (
-        torch.from_numpy(rows_L).to(device),
-        torch.from_numpy(np.concatenate(ids)).to(device),
-    )
+def _entries(logits_SV: Tensor, rows: Sequence[int], ids: Sequence[NDArray[np.int64]]) -> Tensor:
+    """Where every id of every row stands in the flat logits, (L,) int64."""
+    vocab_size = logits_SV.shape[1]
+    ids_L = np.concatenate(ids)
+    assert (ids_L < vocab_size).all(), "an id out of vocabulary would change another row's logits"
+    starts_L = np.repeat(np.array(rows) * vocab_size, [len(own) for own in ids])
+    return torch.from_numpy(starts_L + ids_L).to(logits_SV.device)

@@ -38,6 +38,7 @@ def sample(logits_SV: Tensor, rows: Sequence[Row], masks: Masks | None = None) -
     """The next token of each row. Appends nothing: whoever owns the rows' token ids does.
 
     logits_SV: float32, without NaN; left as they are.
+    rows:      their parameters have passed `check_vocabulary`, and their ids are in vocabulary.
     masks:     of some rows (by index) the tokens that a grammar allows; see `penalties.Masks`.
     """
     shaped_SV = process(logits_SV, rows, masks)

@@ -11,7 +11,9 @@ from torch import Tensor
 from cluster import wire
 from cluster.errors import ExpertsUnavailableError
 from cluster.head.engine import Engine, Event
+from cluster.head.masks import GrammarMasks
 from cluster.head.scheduler import Scheduler
+from cluster.head.stopwatch import Stopwatch
 from cluster.metrics import HeadMetrics, StepStats
 from cluster.placement import Placement, WorkerInfo, held_by
 from cluster.rpc import Identity
@@ -21,6 +23,7 @@ from model.blocks import BlockPool
 from model.classify import Classifier
 from model.decoder import Decoder
 from model.experts import Computed, Experts, ExpertWeights, PendingRows, weighted_sums
+from model.grammar import GrammarCompiler
 from model.kv_cache import KVCache
 from model.router import Routing
 
@@ -141,6 +144,7 @@ class Head:
         max_running: int = 6,
         max_tokens_per_step: int = 32,
         max_model_len: int = 128,
+        grammars: GrammarCompiler | None = None,
     ) -> None:
         self.pool = BlockPool(num_blocks=num_blocks, block_size=block_size)
         self.metrics = StepLog()
@@ -154,13 +158,16 @@ class Head:
         scheduler = Scheduler(
             self.pool, max_running=max_running, max_tokens_per_step=max_tokens_per_step
         )
+        stopwatch = Stopwatch()
         self.engine = Engine(
-            decoder or mixtral.decoder,
+            decoder or Decoder(mixtral.config, mixtral.decoder.weights, phases=stopwatch),
             cache,
             scheduler,
             experts or mixtral.experts,
             self.metrics,
             max_model_len=max_model_len,
+            grammars=GrammarMasks(grammars) if grammars else None,
+            stopwatch=stopwatch,
         )
 
     @contextmanager

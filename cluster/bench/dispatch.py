@@ -14,10 +14,10 @@ from statistics import median
 
 import torch
 
-from cluster.bench.profile import Stopwatch
 from cluster.bench.summary import Distribution, distribution
 from cluster.bench.workers import Holding, connected, running_workers
 from cluster.head.dispatch import RemoteExperts
+from cluster.head.stopwatch import Stopwatch
 from cluster.placement import plan
 from model.config import MixtralConfig
 from model.experts import ExpertWeights

@@ -15,14 +15,15 @@ from pathlib import Path
 import torch
 
 from cluster.bench.memory import above, pss_bytes
-from cluster.bench.profile import Step, StepRecorder, Stopwatch, mean_parts
+from cluster.bench.profile import StepRecorder, mean_parts
 from cluster.bench.workers import Worker, connected, makers_for, running_workers
 from cluster.config import ServeConfig
 from cluster.errors import BenchError, ConfigurationError
 from cluster.head.engine import Engine, Event
 from cluster.head.scheduler import Scheduler
 from cluster.head.sequence import Sequence as EngineSequence
-from cluster.metrics import HeadMetrics
+from cluster.head.stopwatch import Stopwatch
+from cluster.metrics import HeadMetrics, StepStats
 from cluster.placement import plan
 from model.blocks import BlockPool
 from model.decoder import Decoder
@@ -81,7 +82,7 @@ class Row:
     num_workers: int
     tokens_per_s: list[float] = field(default_factory=list)
     """Of each round."""
-    steps: list[Step] = field(default_factory=list)
+    steps: list[StepStats] = field(default_factory=list)
     """Of all rounds: those of the phase that is measured."""
 
     @property
@@ -136,7 +137,13 @@ def measure(wanted: EnginePlan, on_progress: OnProgress) -> EngineReport:
 
 
 def new_engine(
-    decoder: Decoder, experts: Experts, metrics: HeadMetrics, *, num_sequences: int, max_len: int
+    decoder: Decoder,
+    experts: Experts,
+    metrics: HeadMetrics,
+    stopwatch: Stopwatch | None,
+    *,
+    num_sequences: int,
+    max_len: int,
 ) -> Engine:
     """An idle engine with room for these sequences at full length.
 
@@ -148,7 +155,8 @@ def new_engine(
     if num_sequences > 1:
         step_tokens = max(step_tokens, num_sequences * max_len)
     block_size = served.block_size
-    num_blocks = num_sequences * -(-max_len // block_size)
+    # one more each, for sequences are admitted only while those that run have one to spare
+    num_blocks = num_sequences * (1 + -(-max_len // block_size))
     scheduler = Scheduler(
         BlockPool(num_blocks=num_blocks, block_size=block_size),
         max_running=num_sequences,
@@ -156,7 +164,9 @@ def new_engine(
         sliding_window=decoder.config.sliding_window,
     )
     cache = decoder.new_cache(num_blocks=num_blocks, block_size=block_size)
-    return Engine(decoder, cache, scheduler, experts, metrics, max_model_len=max_len)
+    return Engine(
+        decoder, cache, scheduler, experts, metrics, max_model_len=max_len, stopwatch=stopwatch
+    )
 
 
 def _cases(wanted: EnginePlan, context: int) -> list[Case]:
@@ -247,11 +257,12 @@ def _one_round(
 ) -> None:
     """Run all sequences of a case to their ends; a round below 0 leaves no trace."""
     case = row.case
-    recorder = StepRecorder(stopwatch)
+    recorder = StepRecorder()
     engine = new_engine(
         decoder,
         experts,
         recorder,
+        stopwatch,
         num_sequences=case.num_sequences,
         max_len=case.num_prompt + case.num_new,
     )
@@ -275,4 +286,4 @@ def _one_round(
     else:
         row.tokens_per_s.append(finish.num_after_first / (finish.last_s - finish.first_s))
         # the step that computes the prompts is none of decoding
-        row.steps += [s for s in recorder.steps if s.stats.num_tokens == s.stats.num_sequences]
+        row.steps += [s for s in recorder.steps if s.num_tokens == s.num_sequences]

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from html import escape
+from math import ceil
 
 from cluster.bench.report import Cells, Run, notes, rates, times
 from cluster.bench.summary import MEASURES, Record
@@ -160,6 +161,8 @@ def ticks(largest: float) -> tuple[float, float]:
         for factor in (1, 2, 5):
             if step * factor * 10 >= largest:
                 step *= factor
-                num_steps = max(1, -int(-largest // step))
+                num_steps = max(
+                    1, ceil(largest / step - 1e-9)
+                )  # rounded sums of a step are no more
                 return step, num_steps * step
         step *= 10

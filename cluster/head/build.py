@@ -9,6 +9,7 @@ from cluster.config import ServeConfig
 from cluster.head.engine import Engine
 from cluster.head.masks import GrammarMasks
 from cluster.head.scheduler import Scheduler
+from cluster.head.stopwatch import Stopwatch
 from cluster.metrics import HeadMetrics
 from model.blocks import BlockPool
 from model.decoder import Decoder
@@ -31,8 +32,12 @@ def new_engine(
     experts: Experts,
     metrics: HeadMetrics,
     grammars: GrammarCompiler | None = None,
+    stopwatch: Stopwatch | None = None,
 ) -> Engine:
-    """An engine with an empty KV cache. Logs how many tokens the cache holds."""
+    """An engine with an empty KV cache. Logs how many tokens the cache holds.
+
+    stopwatch: told of a step's phases by decoder and experts.
+    """
     max_model_len = config.max_model_len or decoder.config.max_position_embeddings
     num_blocks = _num_blocks(config, decoder, max_model_len)
     cache = decoder.new_cache(num_blocks=num_blocks, block_size=config.block_size)
@@ -51,6 +56,7 @@ def new_engine(
         metrics,
         max_model_len=max_model_len,
         grammars=GrammarMasks(grammars) if grammars else None,
+        stopwatch=stopwatch,
     )
 
 

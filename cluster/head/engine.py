@@ -21,13 +21,13 @@ from cluster.head.drawing import Drawn, broken_chunks, draw, keep_prompt_logprob
 from cluster.head.masks import GrammarMasks
 from cluster.head.scheduler import Chunk, Scheduler, Step
 from cluster.head.sequence import Finish, Sequence
+from cluster.head.stopwatch import Stopwatch
 from cluster.metrics import HeadMetrics, StepStats
 from model.batch import Batch, build_batch
 from model.decoder import Decoder
 from model.errors import SamplingError
-from model.experts import Experts, PendingRows
+from model.experts import Experts
 from model.kv_cache import KVCache
-from model.router import Routing
 from model.sampling_params import TokenLogprobs
 
 logger = logging.getLogger(__name__)
@@ -83,32 +83,6 @@ class _Stop:
     pass
 
 
-class TimedExperts:
-    """Experts that add up how long the decoder waited for them."""
-
-    def __init__(self, experts: Experts) -> None:
-        self._experts = experts
-        self.seconds = 0.0
-
-    def dispatch(self, layer: int, x_TD: Tensor, routing: Routing) -> PendingRows:
-        started = time.perf_counter()
-        pending = self._experts.dispatch(layer, x_TD, routing)
-        self.seconds += time.perf_counter() - started
-        return _TimedRows(pending, self)
-
-
-@dataclass(frozen=True)
-class _TimedRows:
-    pending: PendingRows
-    experts: TimedExperts
-
-    def wait(self) -> Tensor:
-        started = time.perf_counter()
-        rows_TD = self.pending.wait()
-        self.experts.seconds += time.perf_counter() - started
-        return rows_TD
-
-
 class Engine:
     """Continuous batching: sequences join and leave between steps.
 
@@ -125,8 +99,11 @@ class Engine:
         *,
         max_model_len: int,
         grammars: GrammarMasks | None = None,
+        stopwatch: Stopwatch | None = None,
     ) -> None:
-        """grammars: needed for sequences that have one."""
+        """grammars: needed for sequences that have one.
+        stopwatch: told by decoder and experts which phase of a step begins.
+        """
         self._decoder = decoder
         self._cache = cache
         self._scheduler = scheduler
@@ -134,6 +111,7 @@ class Engine:
         self._metrics = metrics
         self._max_model_len = max_model_len
         self._grammars = grammars
+        self._stopwatch = stopwatch
         self._inbox: queue.SimpleQueue[_Submit | _Abort | _Stop] = queue.SimpleQueue()
         self._requests: dict[tuple[Outbox, RequestKey], Sequence] = {}
         self._addresses: dict[Sequence, tuple[Outbox, RequestKey]] = {}
@@ -227,14 +205,13 @@ class Engine:
     def _step(self) -> None:
         started = time.perf_counter()
         step = self._scheduler.schedule()
-        timed = TimedExperts(self._experts)
         chunks = step.chunks
         try:
             batch = self._prepare(step)
             if self._grammars:
                 self._grammars.begin([chunk.sequence for chunk in chunks if chunk.samples])
             built = time.perf_counter()
-            logits_LV = self._decoder.forward(batch, self._cache, timed)
+            logits_LV = self._decoder.forward(batch, self._cache, self._experts)
             computed = time.perf_counter()
             broken = broken_chunks(chunks, logits_LV)
             if broken:
@@ -270,9 +247,9 @@ class Engine:
                 num_free_blocks=self._scheduler.pool.num_free,
                 num_blocks=self._scheduler.pool.num_blocks,
                 forward_s=computed - built,
-                experts_s=timed.seconds,
                 sampling_s=sampled - computed,
                 host_s=(built - started) + (ended - sampled),
+                phases=self._stopwatch.take() if self._stopwatch else {},
             )
         )
 

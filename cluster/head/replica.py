@@ -21,6 +21,7 @@ from cluster.head.dispatch import PlacementFeed, RemoteExperts
 from cluster.head.engine import Engine
 from cluster.head.probe import pass_through_every_expert
 from cluster.head.service import HeadService
+from cluster.head.stopwatch import Stopwatch
 from cluster.metrics import HeadMetrics
 from cluster.placement import ClusterView
 from model.decoder import Decoder
@@ -92,13 +93,20 @@ class HeadReplica:
             device=config.device,
             attention_quantization=config.attention_quantization,
         )
-        decoder = Decoder(checkpoint.config, checkpoint.load_decoder(), attention=config.attention)
+        stopwatch = Stopwatch()
+        decoder = Decoder(
+            checkpoint.config,
+            checkpoint.load_decoder(),
+            attention=config.attention,
+            phases=stopwatch,
+        )
         identity = rpc.Identity(self._name, rpc.fingerprint(checkpoint.config, config.dtype))
         experts = RemoteExperts(
             self._feed,
             identity,
             timeout_s=config.expert_timeout_s,
             recovery_timeout_s=config.recovery_timeout_s,
+            phases=stopwatch,
         )
         try:
             while not experts.connect(timeout_s=1.0):
@@ -107,7 +115,7 @@ class HeadReplica:
             pass_through_every_expert(decoder, experts)
             metrics = HeadMetrics()
             grammars = new_compiler(checkpoint)
-            self._engine = new_engine(config, decoder, experts, metrics, grammars)
+            self._engine = new_engine(config, decoder, experts, metrics, grammars, stopwatch)
             service = HeadService(self._engine, identity, metrics, grammars)
             self._server, address = rpc.new_server(config.data_plane_host)
             head_pb2_grpc.add_HeadServicer_to_server(service, self._server)

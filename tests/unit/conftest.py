@@ -1,10 +1,12 @@
-"""The unit suite touches no network and no Ray: whoever tries fails, by name."""
+"""The unit suite touches no network and no Ray: whoever tries fails, by name. And its yardstick."""
 
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -24,3 +26,11 @@ def _refuse(what: str) -> Any:
         pytest.fail(f"a unit test called {what}; it belongs in tests/integration")
 
     return refuse
+
+
+@pytest.fixture(scope="session")
+def reference(tiny_folder: Path) -> Any:
+    """transformers' own Mixtral with the tiny checkpoint's weights, in float32."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)

@@ -1,7 +1,6 @@
 """Beam search finds what transformers' finds."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,16 +15,8 @@ from model.errors import PromptError, SamplingError
 from model.sampling_params import SamplingParams
 from tests.reference import configs, load_ours, pad_left, save_reference
 
-GREEDY = SamplingParams(temperature=0.0, max_tokens=40, stop_token_ids=(2,))
-SHORT = replace(GREEDY, max_tokens=20)
-
-
-@pytest.fixture(scope="module")
-def reference(tiny_folder: Path) -> Any:
-    """transformers' own Mixtral with the tiny checkpoint's weights."""
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
+GREEDY = SamplingParams(temperature=0.0, max_tokens=30, stop_token_ids=(2,))
+SHORT = replace(GREEDY, max_tokens=16)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +76,7 @@ def assert_same_beams(
         (
             SamplingParams(
                 temperature=0.0,
-                max_tokens=20,
+                max_tokens=16,
                 min_tokens=9,
                 repetition_penalty=1.3,
                 stop_token_ids=(2, 5),

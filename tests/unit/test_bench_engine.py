@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from cluster.bench.engine import EnginePlan, EngineReport, measure
 from cluster.bench.engine_report import as_json, profile_tables, rates_table
-from cluster.bench.profile import PARTS, Step, StepRecorder, Stopwatch, mean_parts
+from cluster.bench.profile import StepRecorder, mean_parts
 from cluster.errors import BenchError, ConfigurationError
-from cluster.metrics import StepStats
+from cluster.head.stopwatch import Stopwatch
+from cluster.metrics import PARTS, StepStats
 from model import Mixtral
 from model.batch import Span, build_batch
 from model.decoder import Decoder
@@ -51,7 +52,7 @@ def test_every_case_has_a_rate_for_each_round(report: EngineReport) -> None:
 
 
 def test_only_the_measured_phase_is_in_a_rows_steps(report: EngineReport) -> None:
-    alone, three, prefill = ([s.stats.num_tokens for s in row.steps] for row in report.rows)
+    alone, three, prefill = ([s.num_tokens for s in row.steps] for row in report.rows)
     assert alone == [1] * 3 * 2  # the first of four tokens is the prompt's, in two rounds
     assert three == [3] * 3 * 2
     assert prefill == [20] * 2
@@ -60,8 +61,7 @@ def test_only_the_measured_phase_is_in_a_rows_steps(report: EngineReport) -> Non
 def test_the_parts_of_a_step_sum_to_its_time(report: EngineReport) -> None:
     for row in report.rows:
         for step in row.steps:
-            stats = step.stats
-            wall_s = stats.forward_s + stats.sampling_s + stats.host_s
+            wall_s = step.forward_s + step.sampling_s + step.host_s
             assert sum(step.parts.values()) == pytest.approx(wall_s)
             assert min(step.parts.values()) > 0
         assert {"attention", "routing", "experts", "logits", "sampling", "host"} == set(row.parts)
@@ -169,18 +169,21 @@ def test_parts_that_never_occur_are_left_out() -> None:
         num_tokens=1,
         num_sequences=1,
         num_emitted=1,
+        num_reused=0,
+        num_preempted=0,
+        num_drafted=0,
+        num_accepted=0,
         num_waiting=0,
         num_free_blocks=0,
         num_blocks=1,
         forward_s=5.0,
-        experts_s=0.0,
         sampling_s=1.0,
         host_s=0.5,
+        phases={"attention": 3.0, "inputs": 0.5, "logits": 1.0, "outside": 9.0},
     )
-    step = Step(stats, {"attention": 3.0, "inputs": 0.5, "logits": 1.0, "outside": 9.0})
-    assert mean_parts([step]) == {"attention": 3, "logits": 1, "sampling": 1, "host": 1.5}
-    assert list(mean_parts([step])) == [part for part in PARTS if part in mean_parts([step])]
-    recorder = StepRecorder(None)
+    assert mean_parts([stats]) == {"attention": 3, "logits": 1, "sampling": 1, "host": 1.5}
+    assert list(mean_parts([stats])) == [part for part in PARTS if part in mean_parts([stats])]
+    recorder = StepRecorder()
     recorder.observe(stats)
-    assert recorder.steps == [Step(stats, {})]
+    assert recorder.steps == [stats]
     assert "maestrale_step_tokens_total 1.0" in recorder.exposition()

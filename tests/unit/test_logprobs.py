@@ -5,10 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.logprobs import TokenLogprobs, prompt_logprobs
+from model.logprobs import prompt_logprobs
 from model.row import Row
 from model.sampler import sample
-from model.sampling_params import MAX_LOGPROBS, SamplingParams
+from model.sampling_params import MAX_LOGPROBS, SamplingParams, TokenLogprobs
 from tests.sampling_oracle import ranking
 
 
@@ -34,7 +34,7 @@ def test_logprobs_are_log_softmax_and_its_full_ranking(
     generator = torch.Generator().manual_seed(seed)
     logits_SV = 3 * torch.randn(len(num_tops), vocab_size, generator=generator)
     if has_ties:
-        logits_SV = logits_SV.round()
+        logits_SV = (logits_SV / 3).round()  # many more of each than are asked for
     rows = [
         Row(SamplingParams(temperature=3.0, logit_bias=((5, 4.0),), seed=i, logprobs=num), [1], 1)
         for i, num in enumerate(num_tops)

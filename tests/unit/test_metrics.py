@@ -36,9 +36,9 @@ def head_text(*, num_tokens: int = 5) -> str:
             num_free_blocks=6,
             num_blocks=9,
             forward_s=0.02,
-            experts_s=0.01,
             sampling_s=0.001,
             host_s=0.002,
+            phases={"attention": 0.004, "experts": 0.01, "outside": 1.0},
         )
     )
     return metrics.exposition()

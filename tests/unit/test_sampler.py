@@ -1,4 +1,4 @@
-"""Draws follow the stated probabilities, and belong to their request alone."""
+"""Choices are those of the definitions and of transformers, and belong to their request alone."""
 
 import random
 from itertools import accumulate
@@ -7,59 +7,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model.draw import draw, draw_exactly
+from model.draw import draw
 from model.penalties import process
-from model.philox import philox4x32, uniform_numbers
+from model.philox import uniform_numbers
 from model.ranking import ranked_probabilities
 from model.row import Row, pack_mask
 from model.sampler import sample
 from model.sampling_params import MAX_SEED, SamplingParams
-from tests.sampling_oracle import chosen, ranking
-
-# --- the generator ---
-
-
-@pytest.mark.parametrize(
-    ("counter", "key", "expected"),
-    [
-        (
-            (0, 0, 0, 0),
-            (0, 0),
-            (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8),
-        ),
-        (
-            (0xFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFF),
-            (0xFFFFFFFF, 0xFFFFFFFF),
-            (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD),
-        ),
-        (
-            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
-            (0xA4093822, 0x299F31D0),
-            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
-        ),
-    ],
-    ids=["zeros", "ones", "pi"],
-)
-def test_philox_gives_the_known_answers_of_random123(
-    counter: tuple[int, ...], key: tuple[int, ...], expected: tuple[int, ...]
-) -> None:
-    def words(values: tuple[int, ...]) -> Any:
-        return tuple(np.array([value], dtype=np.uint64) for value in values)
-
-    assert tuple(int(word[0]) for word in philox4x32(words(counter), words(key))) == expected
-
-
-def test_uniform_numbers_fill_the_unit_interval_evenly() -> None:
-    numbers = uniform_numbers([SamplingParams(seed=seed) for seed in range(5_000)], [7] * 5_000)
-    assert numbers.min() >= 0
-    assert numbers.max() < 1
-    observed, _ = np.histogram(numbers, bins=50, range=(0, 1))
-    assert chi_square(observed, np.full(50, 0.02)) < 97  # 49 degrees of freedom, p = 5e-5
-
+from tests.sampling_oracle import ranking
 
 # --- whose draw it is ---
 
@@ -118,31 +77,6 @@ def test_a_choice_depends_on_its_own_request_alone(
     assert logits_SV.equal(before)
 
 
-@pytest.mark.parametrize(
-    ("other", "position"),
-    [
-        (SamplingParams(seed=2, choice=3), 5),
-        (SamplingParams(seed=1 + 2**32, choice=3), 5),
-        (SamplingParams(seed=-1, choice=3), 5),
-        (SamplingParams(seed=1, choice=4), 5),
-        (SamplingParams(seed=1, choice=3), 6),
-        (SamplingParams(seed=1, choice=5), 3),
-    ],
-)
-def test_another_seed_choice_or_position_draws_another_number(
-    other: SamplingParams, position: int
-) -> None:
-    mine, its = uniform_numbers([SamplingParams(seed=1, choice=3), other], [5, position])
-    assert mine != its
-
-
-def test_other_parameters_do_not_change_the_number() -> None:
-    plain = SamplingParams(seed=9)
-    shaped = SamplingParams(seed=9, temperature=0.3, top_k=4, top_p=0.5, max_tokens=99)
-    mine, its = uniform_numbers([plain, shaped], [12, 12])
-    assert mine == its
-
-
 # --- what may be drawn ---
 
 
@@ -193,76 +127,6 @@ def test_a_vanishing_temperature_is_greedy(temperature: float, vocab_size: int) 
     logits_SV = torch.randn(20, vocab_size, generator=torch.Generator().manual_seed(0))
     params = [SamplingParams(temperature=temperature, seed=seed) for seed in range(20)]
     assert draw(logits_SV, params, [3] * 20) == logits_SV.argmax(-1).tolist()
-
-
-# --- the short way is the long way ---
-
-
-@given(
-    vocab_size=st.sampled_from([128, 137, 1_031, 9_001]),
-    kind=st.sampled_from(["steep", "flat", "few values", "few allowed", "one value"]),
-    temperature=st.sampled_from([0.2, 1.0, 3.0]),
-    top_k=st.sampled_from([0, 0, 1, 40, 63, 64, 65, 1_000, 5_000]),
-    top_p=st.sampled_from([1.0, 1.0, 0.9, 0.5, 0.05, 0.999999]),
-    min_p=st.sampled_from([0.0, 0.0, 0.05, 0.5, 1.0]),
-    typical_p=st.sampled_from([1.0, 1.0, 1.0, 0.6]),
-    seed=st.integers(0, 2**32),
-)
-@settings(max_examples=50)
-def test_draws_from_the_likeliest_are_draws_from_all(
-    vocab_size: int, kind: str, seed: int, **fields: Any
-) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    noise_SV = torch.randn(6, vocab_size, generator=generator)
-    logits_SV = {
-        "steep": 6 * noise_SV,
-        "flat": 0.3 * noise_SV,
-        "few values": (2 * noise_SV).round(),
-        "few allowed": noise_SV.masked_fill(noise_SV < 2.0, -torch.inf),
-        "one value": torch.full_like(noise_SV, 2.5),
-    }[kind]
-    logits_SV[:, seed % vocab_size] = 3.0  # no row is wholly forbidden
-    params = [SamplingParams(**fields, seed=seed + i) for i in range(6)]
-    positions = list(range(6))
-    drawn = draw(logits_SV, params, positions)
-    assert drawn == draw_exactly(logits_SV, params, positions)
-    if fields["typical_p"] == 1.0 and vocab_size < 9_000:
-        uniform = uniform_numbers(params, positions).tolist()
-        for logits, p, u, token_id in zip(logits_SV.tolist(), params, uniform, drawn, strict=True):
-            assert token_id == chosen(logits, p, u)
-
-
-def test_draws_stay_what_they_were() -> None:
-    # a request that is replayed on another version must go on with the same tokens
-    logits_V = torch.arange(500.0).mul(37).remainder(500).div(60)
-    fields: list[dict[str, Any]] = [
-        {},
-        {"temperature": 0.4},
-        {"top_k": 50},
-        {"top_p": 0.9},
-        {"min_p": 0.1},
-        {"typical_p": 0.5},
-        {"temperature": 2.0, "top_k": 300, "top_p": 0.7},
-        {"choice": 3},
-        {"seed": -1},
-        {"seed": 2**40},
-    ]
-    params = [SamplingParams(**({"seed": 5} | own)) for own in fields]
-    drawn = draw(logits_V.expand(len(params), -1), params, range(len(params)))
-    assert drawn == [376, 297, 296, 12, 66, 350, 321, 444, 159, 256]
-
-
-def test_a_steep_distribution_is_drawn_from_without_ranking_all(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def refuse(*args: Any) -> None:
-        raise AssertionError("the whole vocabulary was ranked")
-
-    monkeypatch.setattr("model.draw.draw_exactly", refuse)
-    logits_SV = -2.0 * torch.arange(1_000.0).log1p().expand(4, -1)
-    fields: list[dict[str, Any]] = [{}, {"top_p": 0.9}, {"top_k": 50}, {"min_p": 0.05}]
-    params = [SamplingParams(**own, seed=3) for own in fields]
-    assert len(draw(logits_SV, params, [0] * 4)) == 4
 
 
 # --- as transformers ---
@@ -415,3 +279,11 @@ def test_draws_follow_the_stated_probabilities(varied: str, fields: dict[str, An
     assert not observed[~possible].any()
     # 15 degrees of freedom at most, p = 5e-5; the seeds are fixed, so this never fails by chance
     assert chi_square(observed[possible], expected[possible]) < 46
+
+
+def test_uniform_numbers_fill_the_unit_interval_evenly() -> None:
+    numbers = uniform_numbers([SamplingParams(seed=seed) for seed in range(5_000)], [7] * 5_000)
+    assert numbers.min() >= 0
+    assert numbers.max() < 1
+    observed, _ = np.histogram(numbers, bins=50, range=(0, 1))
+    assert chi_square(observed, np.full(50, 0.02)) < 97  # 49 degrees of freedom, p = 5e-5
