@@ -25,37 +25,37 @@ _sym_db = _symbol_database.Default()
 from protos import peer_pb2 as protos_dot_peer__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x11protos/head.proto\x12\x11maestrale.head.v1\x1a\x11protos/peer.proto\"o\n\x0bHeadRequest\x12+\n\x06submit\x18\x01 \x01(\x0b\x32\x19.maestrale.head.v1.SubmitH\x00\x12)\n\x05\x61\x62ort\x18\x02 \x01(\x0b\x32\x18.maestrale.head.v1.AbortH\x00\x42\x08\n\x06\x61\x63tion\"\xd3\x01\n\x06Submit\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x33\n\x06params\x18\x03 \x01(\x0b\x32!.maestrale.head.v1.SamplingParamsH\x00\x12/\n\x08\x63lassify\x18\x07 \x01(\x0b\x32\x1b.maestrale.head.v1.ClassifyH\x00\x12\x0e\n\x06\x63lient\x18\x04 \x01(\t\x12\x10\n\x08priority\x18\x05 \x01(\x11\x12\x12\n\ncache_salt\x18\x06 \x01(\tB\x06\n\x04task\"\n\n\x08\x43lassify\"\x1b\n\x05\x41\x62ort\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\"\xc5\x04\n\x0eSamplingParams\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x13\n\x0btemperature\x18\x02 \x01(\x01\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05top_p\x18\x04 \x01(\x01\x12\x0c\n\x04seed\x18\x05 \x01(\x12\x12\x0e\n\x06\x63hoice\x18\x06 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\r\x12\x12\n\nmin_tokens\x18\x08 \x01(\r\x12\x1a\n\x12repetition_penalty\x18\t \x01(\x01\x12\r\n\x05min_p\x18\n \x01(\x01\x12\x11\n\ttypical_p\x18\x0b \x01(\x01\x12\x18\n\x10presence_penalty\x18\x0c \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\r \x01(\x01\x12\x30\n\nlogit_bias\x18\x0e \x03(\x0b\x32\x1c.maestrale.head.v1.LogitBias\x12.\n\tbad_words\x18\x0f \x03(\x0b\x32\x1b.maestrale.head.v1.TokenIds\x12\x36\n\x11\x61llowed_token_ids\x18\x10 \x01(\x0b\x32\x1b.maestrale.head.v1.TokenIds\x12\x15\n\x08logprobs\x18\x11 \x01(\rH\x00\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x12 \x01(\rH\x01\x88\x01\x01\x12+\n\x07grammar\x18\x13 \x01(\x0b\x32\x1a.maestrale.head.v1.Grammar\x12\x12\n\nnum_drafts\x18\x14 \x01(\rB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"+\n\tLogitBias\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04\x62ias\x18\x02 \x01(\x01\"\x1d\n\x08TokenIds\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"=\n\x07Grammar\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x16\n\x0e\x63ontinues_text\x18\x03 \x01(\x08\">\n\nStepEvents\x12\x30\n\x06\x65vents\x18\x01 \x03(\x0b\x32 .maestrale.head.v1.SequenceEvent\"\x97\x02\n\rSequenceEvent\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12)\n\x06\x66inish\x18\x03 \x01(\x0e\x32\x19.maestrale.head.v1.Finish\x12\r\n\x05\x65rror\x18\x04 \x01(\t\x12\x32\n\x08logprobs\x18\x05 \x03(\x0b\x32 .maestrale.head.v1.TokenLogprobs\x12\x39\n\x0fprompt_logprobs\x18\x06 \x03(\x0b\x32 .maestrale.head.v1.TokenLogprobs\x12\x17\n\nnum_reused\x18\x07 \x01(\rH\x00\x88\x01\x01\x12\x0e\n\x06scores\x18\x08 \x03(\x02\x42\r\n\x0b_num_reused\"U\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\x0f\n\x07top_ids\x18\x03 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x04 \x03(\x02*c\n\x06\x46inish\x12\x0f\n\x0b\x46INISH_NONE\x10\x00\x12\x0f\n\x0b\x46INISH_STOP\x10\x01\x12\x11\n\rFINISH_LENGTH\x10\x02\x12\x10\n\x0c\x46INISH_ERROR\x10\x03\x12\x12\n\x0e\x46INISH_INVALID\x10\x04\x32\xed\x01\n\x04Head\x12G\n\x05Hello\x12\x1f.maestrale.peer.v1.HelloRequest\x1a\x1d.maestrale.peer.v1.HelloReply\x12M\n\x08Generate\x12\x1e.maestrale.head.v1.HeadRequest\x1a\x1d.maestrale.head.v1.StepEvents(\x01\x30\x01\x12M\n\x07Metrics\x12!.maestrale.peer.v1.MetricsRequest\x1a\x1f.maestrale.peer.v1.MetricsReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x11protos/head.proto\x12\x11maestrale.head.v1\x1a\x11protos/peer.proto\"o\n\x0bHeadRequest\x12+\n\x06submit\x18\x01 \x01(\x0b\x32\x19.maestrale.head.v1.SubmitH\x00\x12)\n\x05\x61\x62ort\x18\x02 \x01(\x0b\x32\x18.maestrale.head.v1.AbortH\x00\x42\x08\n\x06\x61\x63tion\"\xe8\x01\n\x06Submit\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x33\n\x06params\x18\x03 \x01(\x0b\x32!.maestrale.head.v1.SamplingParamsH\x00\x12/\n\x08\x63lassify\x18\x07 \x01(\x0b\x32\x1b.maestrale.head.v1.ClassifyH\x00\x12\x0e\n\x06\x63lient\x18\x04 \x01(\t\x12\x10\n\x08priority\x18\x05 \x01(\x11\x12\x12\n\ncache_salt\x18\x06 \x01(\t\x12\x13\n\x0b\x65mitted_ids\x18\x08 \x03(\rB\x06\n\x04task\"\n\n\x08\x43lassify\"\x1b\n\x05\x41\x62ort\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\"\xc5\x04\n\x0eSamplingParams\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x13\n\x0btemperature\x18\x02 \x01(\x01\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05top_p\x18\x04 \x01(\x01\x12\x0c\n\x04seed\x18\x05 \x01(\x12\x12\x0e\n\x06\x63hoice\x18\x06 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\r\x12\x12\n\nmin_tokens\x18\x08 \x01(\r\x12\x1a\n\x12repetition_penalty\x18\t \x01(\x01\x12\r\n\x05min_p\x18\n \x01(\x01\x12\x11\n\ttypical_p\x18\x0b \x01(\x01\x12\x18\n\x10presence_penalty\x18\x0c \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\r \x01(\x01\x12\x30\n\nlogit_bias\x18\x0e \x03(\x0b\x32\x1c.maestrale.head.v1.LogitBias\x12.\n\tbad_words\x18\x0f \x03(\x0b\x32\x1b.maestrale.head.v1.TokenIds\x12\x36\n\x11\x61llowed_token_ids\x18\x10 \x01(\x0b\x32\x1b.maestrale.head.v1.TokenIds\x12\x15\n\x08logprobs\x18\x11 \x01(\rH\x00\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x12 \x01(\rH\x01\x88\x01\x01\x12+\n\x07grammar\x18\x13 \x01(\x0b\x32\x1a.maestrale.head.v1.Grammar\x12\x12\n\nnum_drafts\x18\x14 \x01(\rB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"+\n\tLogitBias\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04\x62ias\x18\x02 \x01(\x01\"\x1d\n\x08TokenIds\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"=\n\x07Grammar\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x16\n\x0e\x63ontinues_text\x18\x03 \x01(\x08\">\n\nStepEvents\x12\x30\n\x06\x65vents\x18\x01 \x03(\x0b\x32 .maestrale.head.v1.SequenceEvent\"\x97\x02\n\rSequenceEvent\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12)\n\x06\x66inish\x18\x03 \x01(\x0e\x32\x19.maestrale.head.v1.Finish\x12\r\n\x05\x65rror\x18\x04 \x01(\t\x12\x32\n\x08logprobs\x18\x05 \x03(\x0b\x32 .maestrale.head.v1.TokenLogprobs\x12\x39\n\x0fprompt_logprobs\x18\x06 \x03(\x0b\x32 .maestrale.head.v1.TokenLogprobs\x12\x17\n\nnum_reused\x18\x07 \x01(\rH\x00\x88\x01\x01\x12\x0e\n\x06scores\x18\x08 \x03(\x02\x42\r\n\x0b_num_reused\"U\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\x0f\n\x07top_ids\x18\x03 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x04 \x03(\x02*c\n\x06\x46inish\x12\x0f\n\x0b\x46INISH_NONE\x10\x00\x12\x0f\n\x0b\x46INISH_STOP\x10\x01\x12\x11\n\rFINISH_LENGTH\x10\x02\x12\x10\n\x0c\x46INISH_ERROR\x10\x03\x12\x12\n\x0e\x46INISH_INVALID\x10\x04\x32\xed\x01\n\x04Head\x12G\n\x05Hello\x12\x1f.maestrale.peer.v1.HelloRequest\x1a\x1d.maestrale.peer.v1.HelloReply\x12M\n\x08Generate\x12\x1e.maestrale.head.v1.HeadRequest\x1a\x1d.maestrale.head.v1.StepEvents(\x01\x30\x01\x12M\n\x07Metrics\x12!.maestrale.peer.v1.MetricsRequest\x1a\x1f.maestrale.peer.v1.MetricsReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.head_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISH']._serialized_start=1583
-  _globals['_FINISH']._serialized_end=1682
+  _globals['_FINISH']._serialized_start=1604
+  _globals['_FINISH']._serialized_end=1703
   _globals['_HEADREQUEST']._serialized_start=59
   _globals['_HEADREQUEST']._serialized_end=170
   _globals['_SUBMIT']._serialized_start=173
-  _globals['_SUBMIT']._serialized_end=384
-  _globals['_CLASSIFY']._serialized_start=386
-  _globals['_CLASSIFY']._serialized_end=396
-  _globals['_ABORT']._serialized_start=398
-  _globals['_ABORT']._serialized_end=425
-  _globals['_SAMPLINGPARAMS']._serialized_start=428
-  _globals['_SAMPLINGPARAMS']._serialized_end=1009
-  _globals['_LOGITBIAS']._serialized_start=1011
-  _globals['_LOGITBIAS']._serialized_end=1054
-  _globals['_TOKENIDS']._serialized_start=1056
-  _globals['_TOKENIDS']._serialized_end=1085
-  _globals['_GRAMMAR']._serialized_start=1087
-  _globals['_GRAMMAR']._serialized_end=1148
-  _globals['_STEPEVENTS']._serialized_start=1150
-  _globals['_STEPEVENTS']._serialized_end=1212
-  _globals['_SEQUENCEEVENT']._serialized_start=1215
-  _globals['_SEQUENCEEVENT']._serialized_end=1494
-  _globals['_TOKENLOGPROBS']._serialized_start=1496
-  _globals['_TOKENLOGPROBS']._serialized_end=1581
-  _globals['_HEAD']._serialized_start=1685
-  _globals['_HEAD']._serialized_end=1922
+  _globals['_SUBMIT']._serialized_end=405
+  _globals['_CLASSIFY']._serialized_start=407
+  _globals['_CLASSIFY']._serialized_end=417
+  _globals['_ABORT']._serialized_start=419
+  _globals['_ABORT']._serialized_end=446
+  _globals['_SAMPLINGPARAMS']._serialized_start=449
+  _globals['_SAMPLINGPARAMS']._serialized_end=1030
+  _globals['_LOGITBIAS']._serialized_start=1032
+  _globals['_LOGITBIAS']._serialized_end=1075
+  _globals['_TOKENIDS']._serialized_start=1077
+  _globals['_TOKENIDS']._serialized_end=1106
+  _globals['_GRAMMAR']._serialized_start=1108
+  _globals['_GRAMMAR']._serialized_end=1169
+  _globals['_STEPEVENTS']._serialized_start=1171
+  _globals['_STEPEVENTS']._serialized_end=1233
+  _globals['_SEQUENCEEVENT']._serialized_start=1236
+  _globals['_SEQUENCEEVENT']._serialized_end=1515
+  _globals['_TOKENLOGPROBS']._serialized_start=1517
+  _globals['_TOKENLOGPROBS']._serialized_end=1602
+  _globals['_HEAD']._serialized_start=1706
+  _globals['_HEAD']._serialized_end=1943
 # @@protoc_insertion_point(module_scope)

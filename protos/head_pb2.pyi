@@ -30,7 +30,7 @@ class HeadRequest(_message.Message):
     def __init__(self, submit: _Optional[_Union[Submit, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("request_id", "token_ids", "params", "classify", "client", "priority", "cache_salt")
+    __slots__ = ("request_id", "token_ids", "params", "classify", "client", "priority", "cache_salt", "emitted_ids")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     PARAMS_FIELD_NUMBER: _ClassVar[int]
@@ -38,6 +38,7 @@ class Submit(_message.Message):
     CLIENT_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    EMITTED_IDS_FIELD_NUMBER: _ClassVar[int]
     request_id: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     params: SamplingParams
@@ -45,7 +46,8 @@ class Submit(_message.Message):
     client: str
     priority: int
     cache_salt: str
-    def __init__(self, request_id: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., params: _Optional[_Union[SamplingParams, _Mapping]] = ..., classify: _Optional[_Union[Classify, _Mapping]] = ..., client: _Optional[str] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ...) -> None: ...
+    emitted_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, request_id: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., params: _Optional[_Union[SamplingParams, _Mapping]] = ..., classify: _Optional[_Union[Classify, _Mapping]] = ..., client: _Optional[str] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., emitted_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Classify(_message.Message):
     __slots__ = ()

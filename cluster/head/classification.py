@@ -3,6 +3,7 @@
 The scheduler and the KV cache treat it as any other sequence whose prompt is being computed.
 """
 
+from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
 
 from cluster.head.sequence import Finish, Sequence
@@ -17,6 +18,7 @@ class Classification(Sequence):
     """
 
     params: SamplingParams = field(init=False, default=SamplingParams())
+    emitted_ids: Ids[int] = field(init=False, default=())
     scores: tuple[float, ...] | None = None
 
     @property

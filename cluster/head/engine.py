@@ -184,7 +184,9 @@ class Engine:
             raise RequestError(400, "this model generates and has no score head to classify with")
         if not sequence.prompt_ids:
             raise RequestError(400, "the prompt holds no tokens")
-        if max(sequence.prompt_ids) >= vocab_size or min(sequence.prompt_ids) < 0:
+        if sequence.finish:
+            raise RequestError(400, f"the completion has ended already ({sequence.finish})")
+        if max(sequence.token_ids) >= vocab_size or min(sequence.token_ids) < 0:
             raise RequestError(400, f"a prompt id is out of vocabulary ({vocab_size} ids)")
         if sequence.max_len > self._max_model_len:
             raise RequestError(
@@ -288,7 +290,7 @@ class Engine:
                 scores=one.scores,
                 logprobs=tuple(one.logprobs),
             )
-            if one.token_ids and sequence.num_emitted == len(one.token_ids):
+            if one.token_ids and sequence.num_emitted_here == len(one.token_ids):
                 event = replace(
                     event,
                     prompt_logprobs=tuple(sequence.prompt_logprobs),

@@ -28,6 +28,7 @@ def to_sequence(submit: head_pb2.Submit) -> Sequence:
     return Sequence(
         list(submit.token_ids),
         _to_params(submit.params),
+        tuple(submit.emitted_ids),
         client=submit.client,
         priority=submit.priority,
         cache_salt=submit.cache_salt,

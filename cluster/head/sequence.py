@@ -26,6 +26,8 @@ class Sequence:
 
     prompt_ids: Ids[int]
     params: SamplingParams
+    emitted_ids: Ids[int] = ()
+    """Of its completion, what another head has emitted before."""
     client: str = ""
     """Who asks; clients share a head evenly."""
     priority: int = 0
@@ -56,8 +58,8 @@ class Sequence:
     """Where it stands among the requests of its client; see `waiting.WaitingQueue`."""
 
     def __post_init__(self) -> None:
-        self.token_ids = list(self.prompt_ids)
-        self.row = Row(self.params, self.token_ids, len(self.token_ids))
+        self.token_ids = [*self.prompt_ids, *self.emitted_ids]
+        self.row = Row(self.params, self.token_ids, len(self.prompt_ids))
 
     @property
     def max_len(self) -> int:
@@ -72,10 +74,18 @@ class Sequence:
     def num_emitted(self) -> int:
         return len(self.token_ids) - len(self.prompt_ids)
 
+    @property
+    def num_emitted_here(self) -> int:
+        """Without what another head has emitted."""
+        return self.num_emitted - len(self.emitted_ids)
+
     def follow(self, matcher: GrammarMatcher, end_ids: Iterable[int]) -> None:
-        """Let the answer have a form, before anything is emitted. It then ends where the form may
-        end, with one of end_ids, whatever else ends it.
+        """Let the answer have a form, before anything is emitted here. It then ends where the form
+        may end, with one of end_ids, whatever else ends it.
+
+        Raises GrammarError where what was emitted before has another form.
         """
+        matcher.accept(*self.emitted_ids)
         stop_token_ids = tuple(sorted({*self.params.stop_token_ids, *end_ids}))
         self.params = replace(self.params, stop_token_ids=stop_token_ids)
         self.row = Row(self.params, self.token_ids, len(self.prompt_ids))

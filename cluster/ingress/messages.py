@@ -16,14 +16,15 @@ _FINISH: dict[int, Finish | None] = {
 
 def to_submit(request_id: int, journal: Journal) -> head_pb2.HeadRequest:
     """Ask a head for what the journal still lacks."""
-    params = _to_params(journal.params, len(journal.emitted_ids))
+    params = _to_params(journal.params, is_replay=bool(journal.emitted_ids))
     params.num_drafts = journal.num_drafts
     if journal.grammar is not None:
         params.grammar.CopyFrom(_to_grammar(journal.grammar))
     return head_pb2.HeadRequest(
         submit=head_pb2.Submit(
             request_id=request_id,
-            token_ids=[*journal.prompt_ids, *journal.emitted_ids],
+            token_ids=journal.prompt_ids,
+            emitted_ids=journal.emitted_ids,
             params=params,
             client=journal.client,
             priority=journal.priority,
@@ -55,12 +56,12 @@ def to_news(event: head_pb2.SequenceEvent) -> News:
     )
 
 
-def _to_params(params: SamplingParams, num_emitted: int) -> head_pb2.SamplingParams:
-    """num_emitted: tokens that have come already; of the prompt nothing is asked then."""
+def _to_params(params: SamplingParams, *, is_replay: bool) -> head_pb2.SamplingParams:
+    """is_replay: tokens have come already, and with them what was asked of the prompt."""
     allowed = params.allowed_token_ids
     return head_pb2.SamplingParams(
-        max_tokens=params.max_tokens - num_emitted,
-        min_tokens=max(0, params.min_tokens - num_emitted),
+        max_tokens=params.max_tokens,
+        min_tokens=params.min_tokens,
         allowed_token_ids=None if allowed is None else head_pb2.TokenIds(token_ids=allowed),
         bad_words=[head_pb2.TokenIds(token_ids=word) for word in params.bad_words],
         logit_bias=[
@@ -78,7 +79,7 @@ def _to_params(params: SamplingParams, num_emitted: int) -> head_pb2.SamplingPar
         choice=params.choice,
         stop_token_ids=params.stop_token_ids,
         logprobs=params.logprobs,
-        prompt_logprobs=None if num_emitted else params.prompt_logprobs,
+        prompt_logprobs=None if is_replay else params.prompt_logprobs,
     )
 
 

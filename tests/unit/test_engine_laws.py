@@ -100,6 +100,31 @@ def run(head: Head, sequences: list[Sequence], abort: dict[int, int] | None = No
     return outbox
 
 
+@pytest.mark.parametrize("seed", range(2))
+def test_another_head_goes_on_where_one_has_stopped(
+    mixtral: Mixtral,
+    ids: list[list[int]],
+    grammar: Grammar,
+    compiler: GrammarCompiler,
+    seed: int,
+) -> None:
+    makes = some_requests(ids, grammar, compiler, seed)
+    whole = run(Head(mixtral, num_blocks=200, grammars=compiler), [make() for make in makes])
+    rng = random.Random(seed)
+    replays = {}
+    for key, make in enumerate(makes):
+        emitted = whole.ids(key)
+        first = make()
+        num_emitted = rng.randint(0, len(emitted) - 1)
+        replay = Sequence(first.prompt_ids, first.params, emitted[:num_emitted])
+        if first.matcher:
+            replay.follow(grammar.matcher(), compiler.end_ids)
+        replays[key] = (replay, emitted[num_emitted:])
+    head = Head(mixtral, num_blocks=200, grammars=compiler)
+    outbox = run(head, [replay for replay, _ in replays.values()])
+    assert [outbox.ids(key) for key in replays] == [rest for _, rest in replays.values()]
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_no_company_and_no_shortage_changes_what_a_request_gets(
     mixtral: Mixtral,
