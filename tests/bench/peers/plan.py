@@ -1,0 +1,50 @@
+"""What is measured. Part of every result's key: other numbers are other results."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+PRECISIONS = ("bf16", "8 bit", "4 bit")
+"""Of the experts at least; each engine says what else it quantises."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Sizes and lengths, tokens unless another unit is named."""
+
+    checkpoint: Path
+    sequences: tuple[int, ...] = (1, 8, 32)
+    """Sequences that are decoded at a time."""
+    prefill: tuple[int, ...] = (512, 2048)
+    """Lengths of prompts that are computed, one at a time."""
+    prompt_tokens: int = 32
+    """Of every sequence that is decoded."""
+    new_tokens: int = 16
+    """Of every sequence that is decoded, after the first."""
+    callers: int = 16
+    """Streams over HTTP at a time."""
+    requests: int = 32
+    """Over HTTP, all callers together."""
+    input_tokens: int = 32
+    """Of a request over HTTP."""
+    output_tokens: int = 32
+    """Of a request over HTTP."""
+    threads: int = 2
+    """Cores of the machine."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One figure of one round."""
+
+    phase: str
+    """"decode", "prefill" or "http"."""
+    size: int
+    """Sequences, tokens or callers."""
+    tokens_per_s: float
+    """New tokens of all sequences, or tokens of the prompt."""
+    kernel: str | None = None
+    """Which of the engine's own ways was the fastest, where it has several."""
+    ttft_s: float | None = None
+    """Median time to the first token, over HTTP."""
+    tpot_s: float | None = None
+    """Median time per token after the first, over HTTP."""

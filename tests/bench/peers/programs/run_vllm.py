@@ -1,0 +1,67 @@
+"""Measure vLLM's engine in this process. Run by the interpreter of vLLM's own environment.
+
+python run_vllm.py PLAN.json ROWS.json
+"""
+
+import json
+import os
+import random
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+VOCABULARY = range(300, 32000)
+
+
+def main() -> None:
+    plan_file, rows_file = map(Path, sys.argv[1:])
+    plan: dict[str, Any] = json.loads(plan_file.read_text(encoding="utf-8"))
+    # vLLM reads these as it is imported
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; the largest batch needs a tenth
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    from vllm import LLM, SamplingParams
+
+    longest = max([*plan["prefill"], plan["prompt_tokens"] + plan["new_tokens"]])
+    engine = LLM(
+        model=plan["model"],
+        dtype="bfloat16",
+        skip_tokenizer_init=True,
+        max_model_len=longest + 16,
+        max_num_seqs=max(plan["sequences"]),
+        max_num_batched_tokens=max(longest + 16, 2048),
+        enable_prefix_caching=False,
+    )
+    numbers = random.Random(plan["seed"])
+
+    def seconds(num_sequences: int, prompt_tokens: int, new_tokens: int) -> float:
+        prompts = [
+            {"prompt_token_ids": numbers.choices(VOCABULARY, k=prompt_tokens)}
+            for _ in range(num_sequences)
+        ]
+        sampling = SamplingParams(
+            temperature=0.0, max_tokens=new_tokens, ignore_eos=True, detokenize=False
+        )
+        started = time.perf_counter()
+        engine.generate(prompts, sampling, use_tqdm=False)
+        return time.perf_counter() - started
+
+    rows: list[dict[str, Any]] = []
+
+    def note(phase: str, size: int, tokens_per_s: float) -> None:
+        rows.append({"phase": phase, "size": size, "tokens_per_s": tokens_per_s})
+        print(phase, size, f"{tokens_per_s:.2f} tokens/s", flush=True)
+
+    seconds(1, plan["prompt_tokens"], 4)  # warms up
+    for size in plan["sequences"]:
+        # the engine does not say when the prompts end, so their time is measured and taken off
+        prompts_s = seconds(size, plan["prompt_tokens"], 1)
+        whole_s = seconds(size, plan["prompt_tokens"], 1 + plan["new_tokens"])
+        note("decode", size, size * plan["new_tokens"] / (whole_s - prompts_s))
+    for size in plan["prefill"]:
+        note("prefill", size, size / seconds(1, size, 1))
+    rows_file.write_text(json.dumps(rows), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
