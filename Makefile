@@ -41,8 +41,9 @@ check: $(VENV)/.dev  ## Lint, format, types, import layers
 protos: $(VENV)/.dev  ## Generate the code of protos/*.proto
 	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. $(PROTOS)
 
-bench: $(VENV)/.dev  ## Cost of the split, beside one process; for tests/bench/RESULTS.md
-	$(BIN)/python -m tests.bench.split
+bench: $(VENV)/.server  ## Cost of the split: beside one process, by part, and of one round trip
+	$(BIN)/maestrale bench engine --workers 0,2 --dtype float32 --profile
+	$(BIN)/maestrale bench dispatch
 
 clean:  ## Remove the virtual environment and caches
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info

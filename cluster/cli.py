@@ -4,7 +4,6 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -12,6 +11,7 @@ import typer
 from pydantic import ValidationError
 
 from cluster import log
+from cluster.bench.commands import app as bench
 from cluster.config import ServeConfig
 from cluster.console import (
     STORY_DTYPE,
@@ -26,6 +26,7 @@ from cluster.console import (
     tell_story,
 )
 from cluster.errors import ConfigurationError, MaestraleError
+from cluster.extras import need_server_extra
 from model.errors import ModelError
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+app.add_typer(bench, name="bench")
 Model = Annotated[
     Path | None,
     typer.Option(
@@ -87,7 +89,7 @@ def generate(
 def _generate_here(
     prompt: str, model: Path | None, dtype: str | None, sampling: dict[str, Any]
 ) -> Iterator[str]:
-    _need_server_extra()
+    need_server_extra()
     from model import TINY, Mixtral
 
     return Mixtral.load(model or TINY, dtype=dtype).stream(prompt, **sampling)
@@ -126,7 +128,7 @@ def serve(
 ) -> None:
     """Serve a model over HTTP until interrupted."""
     log.set_up(verbose=verbose)
-    _need_server_extra()
+    need_server_extra()
     from cluster.app import running
 
     config = _config(
@@ -160,7 +162,7 @@ def inspect(
     workers: Annotated[int, typer.Option(min=1, help="Workers to spread the experts over.")] = 2,
 ) -> None:
     """Show what is in a checkpoint, and the memory it takes to serve it. Reads headers only."""
-    _need_server_extra()
+    need_server_extra()
     from model.hub import resolve
     from model.inspect import inspect as inspect_checkpoint
 
@@ -175,7 +177,7 @@ def quantize(
     dtype: DType = None,
 ) -> None:
     """Write a copy of a checkpoint with quantised experts, to be served like any other."""
-    _need_server_extra()
+    need_server_extra()
     from model.generate import torch_dtype
     from model.hub import resolve
     from model.quantized_copy import expert_bytes, save_quantized
@@ -196,7 +198,7 @@ def demo(
 ) -> None:
     """Start everything with two expert workers, tell a story, stop everything."""
     log.set_up(verbose=verbose)
-    _need_server_extra()
+    need_server_extra()
     from cluster.app import running
 
     console.print("Maestrale demo: one head replica, two expert workers, gRPC in between")
@@ -227,16 +229,6 @@ def _config(**fields: Any) -> ServeConfig:
             for item in error.errors()
         )
         raise ConfigurationError(problems) from error
-
-
-def _need_server_extra() -> None:
-    """Raise ConfigurationError where only the base install is there."""
-    missing = [name for name in ("ray", "torch", "grpc") if find_spec(name) is None]
-    if missing:
-        raise ConfigurationError(
-            f"this command needs {', '.join(missing)}, which the base install leaves out: "
-            "pip install 'maestrale[server]'"
-        )
 
 
 @contextmanager

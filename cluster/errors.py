@@ -8,6 +8,7 @@
     ├── HandshakeError            a peer speaks another version or serves another model
     ├── ExpertsUnavailableError   an expert worker did not answer, answered wrongly or is gone
     ├── ExpertFailedError         an expert worker says that a call cannot be computed
+    ├── BenchError                what a benchmark measures failed, so there is no number
     ├── HeadUnavailableError      no head replica can take or finish a request
     ├── RequestError              what the ingress answers a caller: HTTP status and OpenAI's body
     └── APIError                  what the SDK raises
@@ -56,6 +57,10 @@ class ExpertsUnavailableError(MaestraleError):
 
 class ExpertFailedError(MaestraleError):
     """An expert worker says that a call cannot be computed: asking elsewhere would not help."""
+
+
+class BenchError(MaestraleError):
+    """What a benchmark measures failed."""
 
 
 class HeadUnavailableError(MaestraleError):

@@ -14,6 +14,7 @@ from model.batch import Batch
 from model.config import MixtralConfig
 from model.experts import Experts
 from model.kv_cache import KVCache
+from model.phases import UNWATCHED, Phases
 from model.rope import rope_frequencies, rope_tables, rotate
 from model.router import route, router_logits
 from model.weights import DecoderWeights
@@ -44,11 +45,19 @@ class Decoder:
     """Embeddings, attention, norms, routers and LM head of a Mixtral. Keeps no request's state."""
 
     def __init__(
-        self, config: MixtralConfig, weights: DecoderWeights, *, attention: str = "sdpa"
+        self,
+        config: MixtralConfig,
+        weights: DecoderWeights,
+        *,
+        attention: str = "sdpa",
+        phases: Phases = UNWATCHED,
     ) -> None:
-        """attention: name of the backend (see `attention.BACKENDS`). Raises ConfigError."""
+        """attention: name of the backend (see `attention.BACKENDS`). Raises ConfigError.
+        phases: told which part of a forward pass begins.
+        """
         self.config = config
         self._attention = attention_backend(attention, config.sliding_window)
+        self._phases = phases
         self.weights = weights
         self.device = weights.embedding_VD.device
         self.dtype = weights.embedding_VD.dtype
@@ -72,11 +81,13 @@ class Decoder:
 
         Writes the step's keys and values into the cache, and fills `trace` where one is given.
         """
-        config = self.config
+        config, phases = self.config, self._phases
+        phases.enter("inputs")
         plan = self._attention.plan(batch)
         rope = rope_tables(batch.positions_T, self._frequencies, self.dtype)
         x_TD = F.embedding(batch.token_ids_T, self.weights.embedding_VD)
         for layer, weights in enumerate(self.weights.layers):
+            phases.enter("attention")
             if trace:
                 trace.hidden_states.append(x_TD)
             normed_TD = rms_norm(x_TD, weights.attention_norm_D, config.rms_norm_eps)
@@ -87,14 +98,19 @@ class Decoder:
             attended_TNH = self._attention.attend(q_TNH, plan, cache, layer)
             x_TD = x_TD + F.linear(attended_TNH.flatten(1), weights.wo)
 
+            phases.enter("routing")
             normed_TD = rms_norm(x_TD, weights.experts_norm_D, config.rms_norm_eps)
             if trace:
                 trace.router_logits.append(router_logits(normed_TD, weights.gate_ED))
             routing = route(normed_TD, weights.gate_ED, top_k=config.num_experts_per_tok)
+            phases.enter("experts")
             pending = experts.dispatch(layer, normed_TD, routing)
             x_TD = x_TD + pending.wait().to(x_TD.dtype)
+        phases.enter("logits")
         if trace:
             final_TD = rms_norm(x_TD, self.weights.final_norm_D, config.rms_norm_eps)
             trace.hidden_states.append(final_TD)
         x_TD = rms_norm(x_TD[batch.logits_rows], self.weights.final_norm_D, config.rms_norm_eps)
-        return F.linear(x_TD, self.weights.lm_head_VD).float()
+        logits = F.linear(x_TD, self.weights.lm_head_VD).float()
+        phases.enter("outside")
+        return logits

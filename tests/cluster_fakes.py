@@ -238,12 +238,12 @@ class MemoryStream:
     def send(self, call: wire.Call) -> None:
         self._replies.append(self._worker.answer(wire.encode_call(call)))
 
-    def receive(self, call: wire.Call) -> Tensor:
+    def receive(self, call: wire.Call) -> wire.Reply:
         if len(self._worker.calls) in self._worker.fail_at:
             raise ExpertsUnavailableError(f"{self.worker.name} was told to fail")
         reply = wire.decode_reply(self._replies.pop(0))
         assert reply.call_id == call.call_id
-        return reply.sums_RD
+        return reply
 
     def watch(self, now: float) -> None:
         pass

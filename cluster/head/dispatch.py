@@ -27,6 +27,7 @@ from cluster.errors import (
 )
 from cluster.placement import Placement, WorkerInfo
 from model.experts import Assignments, assign
+from model.phases import UNWATCHED, Phases
 from model.router import Routing
 from protos import expert_pb2, peer_pb2
 
@@ -116,8 +117,8 @@ class WorkerStream:
         """Queue a call; gRPC's own thread sends it."""
         self._outgoing.put(wire.encode_call(call))
 
-    def receive(self, call: wire.Call) -> Tensor:
-        """The sums of a call, (R, D) float32. Calls must be received in the order they were sent.
+    def receive(self, call: wire.Call) -> wire.Reply:
+        """The answer to a call, with its sums. Calls must be received in the order they were sent.
 
         Raises ExpertsUnavailableError when the worker is gone, late or does not hold the experts,
         ExpertFailedError when it says that the call itself cannot be answered.
@@ -146,7 +147,7 @@ class WorkerStream:
                 f"{where}: sums of shape {tuple(reply.sums_RD.shape)} for rows of shape "
                 f"{tuple(call.x_RD.shape)}"
             )
-        return reply.sums_RD
+        return reply
 
     def _next_reply(self) -> wire.Reply:
         return wire.decode_reply(next(self._incoming))
@@ -195,8 +196,12 @@ class RemoteExperts:
         *,
         timeout_s: float,
         recovery_timeout_s: float,
+        phases: Phases = UNWATCHED,
     ) -> None:
-        """timeout_s: for one answer. recovery_timeout_s: for a new placement after a failure."""
+        """timeout_s: for one answer. recovery_timeout_s: for a new placement after a failure.
+        phases: told when rows are packed, under way and unpacked.
+        """
+        self.phases = phases
         self._feed = feed
         self._identity = identity
         self._timeout_s = timeout_s
@@ -214,6 +219,7 @@ class RemoteExperts:
 
     def dispatch(self, layer: int, x_TD: Tensor, routing: Routing) -> "RemoteRows":
         """Send every row to the workers that hold its experts."""
+        self.phases.enter("packing")
         self._adopt_newest()
         assignments = assign(routing)
         return RemoteRows(self, layer, x_TD, self.send(layer, x_TD, assignments))
@@ -238,8 +244,8 @@ class RemoteExperts:
             parts.append(_Part(call, rows_R, mine, stream))
         return parts
 
-    def receive(self, part: _Part) -> Tensor:
-        """A part's sums. Drops the stream of a worker that fails, and raises why."""
+    def receive(self, part: _Part) -> wire.Reply:
+        """The answer to a part. Drops the stream of a worker that fails, and raises why."""
         if part.stream is None or part.stream not in self._streams.values():
             raise ExpertsUnavailableError(f"no connection for layer {part.call.layer}")
         try:
@@ -326,17 +332,21 @@ class RemoteRows:
         ExpertFailedError when they cannot be computed at all.
         """
         sums_TD = torch.zeros(self.x_TD.shape, dtype=torch.float32, device=self.x_TD.device)
-        parts = self.parts
+        parts, phases = self.parts, self.experts.phases
+        compute_s = 0.0
         while parts:
             lost, cause = [], None
             for part in parts:
+                phases.enter("transfer")
                 try:
-                    sums_RD = self.experts.receive(part)
+                    reply = self.experts.receive(part)
                 except ExpertsUnavailableError as error:
                     lost.append(part)
                     cause = error
                     continue
-                sums_TD.index_add_(0, part.rows_R, sums_RD.to(sums_TD.device))
+                phases.enter("unpacking")
+                compute_s = max(compute_s, reply.compute_s)
+                sums_TD.index_add_(0, part.rows_R, reply.sums_RD.to(sums_TD.device))
             if cause is None:
                 break
             # Only the lost parts are sent again. Experts keep no state, so twice does no harm.
@@ -346,6 +356,7 @@ class RemoteRows:
                 for part in lost
                 for again in self.experts.send(self.layer, self.x_TD, part.assignments)
             ]
+        phases.reveal(compute_s, was="transfer", really="experts")
         return sums_TD
 
 

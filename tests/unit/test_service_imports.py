@@ -23,6 +23,7 @@ assert not loaded, f"importing {sys.argv[1]} imports {sorted(loaded)}"
         ("cluster.ingress.heads", ["torch", "ray", "fastapi"]),
         ("cluster.ingress.text", ["torch", "ray", "grpc", "fastapi"]),
         ("cluster.cli", ["torch", "ray", "grpc", "fastapi", "numpy", "httpx"]),
+        ("cluster.bench.http", ["torch", "ray", "grpc", "fastapi", "numpy", "model"]),
         ("cluster.placement", ["torch", "ray", "grpc", "numpy"]),
     ],
 )

@@ -1,0 +1,76 @@
+"""What `bench engine` has measured, as tables for people and as JSON for programs."""
+
+from statistics import median
+from typing import Any
+
+from rich.table import Table
+
+from cluster.bench.engine import EngineReport, Row
+from cluster.bench.profile import PARTS
+
+
+def rates_table(report: EngineReport) -> Table:
+    """One row per case and number of workers; the ratio is to the first number of workers."""
+    several = len({row.num_workers for row in report.rows}) > 1
+    table = Table(title="tokens per second", title_justify="left")
+    heads = ["case", "workers", "median", "least", "most", *(["ratio"] if several else [])]
+    for head in heads:
+        table.add_column(head, justify="left" if head == "case" else "right")
+    base: dict[str, float] = {}
+    for row in report.rows:
+        rates = row.tokens_per_s
+        first = base.setdefault(str(row.case), median(rates))
+        cells = [str(row.case), str(row.num_workers)]
+        cells += [f"{value:.1f}" for value in (median(rates), min(rates), max(rates))]
+        table.add_row(*cells, *([f"{median(rates) / first:.2f}"] if several else []))
+    return table
+
+
+def profile_table(report: EngineReport) -> Table:
+    """Where a step's time goes: one column per case and number of workers."""
+    table = Table(title="milliseconds of a step, and share", title_justify="left")
+    table.add_column("part")
+    columns = [row.parts for row in report.rows]
+    for row in report.rows:
+        table.add_column(f"{row.case}, {row.num_workers} workers", justify="right")
+    for part in PARTS:
+        if any(part in parts for parts in columns):
+            table.add_row(part, *(_share(parts, part) for parts in columns))
+    table.add_section()
+    table.add_row("step", *(f"{1000 * sum(parts.values()):.3f}" for parts in columns))
+    return table
+
+
+def _share(parts: dict[str, float], part: str) -> str:
+    if part not in parts:
+        return "-"
+    return f"{1000 * parts[part]:.3f} {100 * parts[part] / sum(parts.values()):5.1f} %"
+
+
+def as_json(report: EngineReport, *, is_profiled: bool) -> dict[str, Any]:
+    """Rows and memory, for programs."""
+    return {
+        "rows": [_row_json(report, row, is_profiled=is_profiled) for row in report.rows],
+        "memory": {
+            "head_pss_bytes": report.head_bytes,
+            "worker_pss_bytes": report.worker_bytes,
+        },
+    }
+
+
+def _row_json(report: EngineReport, row: Row, *, is_profiled: bool) -> dict[str, Any]:
+    case = row.case
+    size = (
+        {"sequences": case.size, "context_tokens": case.num_prompt, "new_tokens": case.num_new}
+        if case.phase == "decode"
+        else {"prompt_tokens": case.size}
+    )
+    return {
+        "phase": case.phase,
+        **size,
+        "workers": row.num_workers,
+        "experts": report.quantization,
+        "dtype": report.dtype,
+        "tokens_per_s": row.tokens_per_s,
+        **({"step_s": row.parts} if is_profiled else {}),
+    }
