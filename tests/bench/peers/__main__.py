@@ -27,7 +27,7 @@ from tests.bench.peers.engines.in_process import Transformers, Vllm
 from tests.bench.peers.engines.llamacpp import LlamaCpp
 from tests.bench.peers.engines.maestrale import Maestrale, commit
 from tests.bench.peers.errors import PeerError
-from tests.bench.peers.plan import PRECISIONS, Plan, Row
+from tests.bench.peers.plan import PRECISIONS, Measured, Plan
 from tests.bench.peers.processes import Command, run, wait_until_idle
 from tests.bench.peers.results import Result, Results, Task
 from tests.bench.peers.table import Report
@@ -119,32 +119,32 @@ class Runner:
         busy_percent = wait_until_idle(self._patience_s)
         with tempfile.TemporaryDirectory(prefix="maestrale-bench-") as folder:
             try:
-                rows, figures, memory_bytes = self._run(task, Path(folder))
+                measured, figures = self._run(task, Path(folder))
             except (OSError, ValueError, LookupError, TypeError) as error:
                 raise PeerError(f"its result cannot be read: {error!r}") from error
-        for row in rows:
+        for row in measured.rows:
             say(f"  {row.phase} {row.size}: {row.tokens_per_s:.2f} tokens/s")
         return Result(
             task=task,
             round=round_number,
-            rows=rows,
+            rows=measured.rows,
             figures=figures,
-            memory_bytes=memory_bytes,
+            peak_bytes=measured.peak_bytes,
+            above_idle_bytes=measured.above_idle_bytes,
             busy_percent=busy_percent,
             version=self._versions.get(task.engine, ""),
         )
 
-    def _run(self, task: Task, scratch: Path) -> tuple[list[Row], list[dict[str, Any]], int]:
-        """Rows, figures of the machine, highest memory in bytes."""
+    def _run(self, task: Task, scratch: Path) -> tuple[Measured, list[dict[str, Any]]]:
+        """What an engine gave, or figures of the machine."""
         if task.kind == "limits":
             file = scratch / "limits.json"
             arguments = [sys.executable, "-m", "tests.bench.peers.limits", str(file)]
-            memory_bytes = run(Command(arguments), scratch / "limits.log", self._limit_s)
-            return [], json.loads(file.read_text(encoding="utf-8")), memory_bytes
+            peak_bytes = run(Command(arguments), scratch / "limits.log", self._limit_s)
+            return Measured([], peak_bytes), json.loads(file.read_text(encoding="utf-8"))
         engine = self._engines[task.engine]
         measure = engine.measure if task.kind == "engine" else partial(http.measure, engine)
-        rows, memory_bytes = measure(self._plan, task.precision, scratch, self._limit_s)
-        return rows, [], memory_bytes
+        return measure(self._plan, task.precision, scratch, self._limit_s), []
 
 
 def tasks_of(engines: Sequence[Engine], plan: Plan, arguments: argparse.Namespace) -> list[Task]:

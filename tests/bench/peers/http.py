@@ -4,18 +4,17 @@ import json
 import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 import httpx
 
 from tests.bench.peers.engines.engine import Engine
 from tests.bench.peers.errors import PeerError
-from tests.bench.peers.plan import Plan, Row
+from tests.bench.peers.plan import Measured, Plan, Row
 from tests.bench.peers.processes import Command, run, wait_until, watched
 
 
-def measure(
-    engine: Engine, plan: Plan, precision: str, scratch: Path, limit_s: float
-) -> tuple[list[Row], int]:
+def measure(engine: Engine, plan: Plan, precision: str, scratch: Path, limit_s: float) -> Measured:
     """Start the engine's server, load it, stop it. Raises PeerError."""
     port = free_port()
     found = engine.server(plan, precision, port)
@@ -33,10 +32,11 @@ def measure(
         arguments += ["--output-tokens", str(plan.output_tokens), "--json", str(result)]
         run(Command(arguments), scratch / "client.log", limit_s)
         watch.sample()
-    return [row_of(json.loads(result.read_text(encoding="utf-8")), plan)], watch.peak_bytes
+    report = json.loads(result.read_text(encoding="utf-8"))
+    return Measured([row_of(report, plan)], watch.peak_bytes)
 
 
-def row_of(report: dict, plan: Plan) -> Row:
+def row_of(report: dict[str, Any], plan: Plan) -> Row:
     """The figures of a load run. Raises PeerError when requests failed."""
     summary = report["points"][0]["summary"]
     if summary["errors"]:

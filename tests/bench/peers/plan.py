@@ -32,6 +32,17 @@ class Plan:
     """Cores of the machine."""
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What one process, or one server, gave."""
+
+    rows: "list[Row]"
+    peak_bytes: int
+    """Highest proportional set size of all its processes, files that they map included."""
+    above_idle_bytes: int | None = None
+    """What its processes hold on top of idle ones; None where the engine does not say."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """One figure of one round."""

@@ -31,7 +31,8 @@ class Result:
     rows: list[Row]
     figures: list[dict[str, Any]]
     """Of the machine's limits."""
-    memory_bytes: int
+    peak_bytes: int
+    above_idle_bytes: int | None
     busy_percent: float
     """CPU that others used just before."""
     version: str

@@ -9,7 +9,7 @@ from tests.bench.peers.engines.engine import Engine
 from tests.bench.peers.limits import Figure, limits_of
 from tests.bench.peers.plan import PRECISIONS, Plan, Row
 from tests.bench.peers.processes import IDLE_PERCENT
-from tests.bench.peers.results import Result
+from tests.bench.peers.results import Result, Task
 from tests.bench.peers.roofline import Limits, share_of_limit
 
 
@@ -109,22 +109,24 @@ class Report:
         lines = []
         for engine in self.engines:
             for precision in engine.precisions:
-                peaks = {
-                    kind: [
-                        result.memory_bytes / 2**30
-                        for result in self.results
-                        if (result.task.kind, result.task.engine, result.task.precision)
-                        == (kind, engine.name, precision)
-                    ]
-                    for kind in ("engine", "http")
-                }
-                if any(peaks.values()):
-                    cells = [spread(values) if values else "" for values in peaks.values()]
+                alone = self._results_of("engine", engine, precision)
+                served = self._results_of("http", engine, precision)
+                columns = (
+                    [result.peak_bytes for result in alone],
+                    [result.peak_bytes for result in served],
+                    [r.above_idle_bytes for r in alone if r.above_idle_bytes is not None],
+                )
+                if any(columns):
+                    cells = [spread([b / 2**30 for b in column]) for column in columns]
                     lines.append([f"{engine.name}, {engine.precisions[precision]}", *cells])
         if not lines:
             return ""
-        title = "Highest PSS of all of an engine's processes, files that it maps included, GiB:"
-        return f"{title}\n\n{table(['engine', 'engine alone', 'HTTP server'], lines)}"
+        title = (
+            "Memory, GiB: highest PSS of all of an engine's processes, files that it maps "
+            "included; and what ours hold on top of idle processes:"
+        )
+        heads = ["engine", "highest, engine alone", "highest, HTTP server", "above idle"]
+        return f"{title}\n\n{table(heads, lines)}"
 
     def _same(self) -> str:
         """How far two names for one engine lie apart."""
@@ -151,7 +153,7 @@ class Report:
         return f"{title}\n\n{table(heads, lines)}"
 
     def _notes(self) -> str:
-        lines = [f"- {what}: {' '.join(why.split())[:300]}" for what, why in self.failures.items()]
+        lines = [f"- {what}: {' '.join(why.split())[-300:]}" for what, why in self.failures.items()]
         busy = [r for r in self.results if r.busy_percent > IDLE_PERCENT]
         if busy:
             lines.append(
@@ -179,6 +181,10 @@ class Report:
             if (row.phase, row.size) == (phase, size)
         ]
 
+    def _results_of(self, kind: str, engine: Engine, precision: str) -> list[Result]:
+        wanted = Task(kind, engine.name, precision)
+        return [result for result in self.results if result.task == wanted]
+
     def _each(self, phase: str, size: int) -> Iterable[tuple[Engine, str, list[Row]]]:
         for precision in PRECISIONS:
             for engine in self.engines:
@@ -201,7 +207,9 @@ class Report:
 
 
 def spread(values: Sequence[float], *, digits: int | None = None) -> str:
-    """Median, least and greatest; the latter two only where there are several."""
+    """Median, least and greatest; the latter two only where there are several. "" for none."""
+    if not values:
+        return ""
     form: Callable[[float], str] = significant
     if digits is not None:
         form = f"{{:.{digits}f}}".format

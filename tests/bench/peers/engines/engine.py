@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from tests.bench.peers.plan import Plan, Row
+from tests.bench.peers.plan import Measured, Plan
 from tests.bench.peers.processes import Command
 
 
@@ -31,10 +31,8 @@ class Engine(Protocol):
 
     def weight_bytes(self, precision: str) -> WeightBytes: ...
 
-    def measure(
-        self, plan: Plan, precision: str, scratch: Path, limit_s: float
-    ) -> tuple[list[Row], int]:
-        """Decode and prefill, and the highest memory seen, bytes. Raises PeerError."""
+    def measure(self, plan: Plan, precision: str, scratch: Path, limit_s: float) -> Measured:
+        """Decode and prefill. Raises PeerError."""
         ...
 
     def server(self, plan: Plan, precision: str, port: int) -> tuple[Command, str] | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tests.bench.peers.engines.engine import WeightBytes
 from tests.bench.peers.environments import Environment
-from tests.bench.peers.plan import Plan, Row
+from tests.bench.peers.plan import Measured, Plan, Row
 from tests.bench.peers.processes import Command, run
 
 PROGRAMS = Path(__file__).parents[1] / "programs"
@@ -35,9 +35,7 @@ class InProcess:
         """Variables that the engine is started with."""
         return {"OMP_NUM_THREADS": str(plan.threads), "HF_HUB_OFFLINE": "1"}
 
-    def measure(
-        self, plan: Plan, precision: str, scratch: Path, limit_s: float
-    ) -> tuple[list[Row], int]:
+    def measure(self, plan: Plan, precision: str, scratch: Path, limit_s: float) -> Measured:
         wanted = {
             "model": str(plan.checkpoint),
             "sequences": plan.sequences,
@@ -52,7 +50,8 @@ class InProcess:
         arguments = [self._environment.python, "-P", str(self._program)]
         command = Command([*arguments, str(plan_file), str(rows_file)], self.environ(plan))
         peak_bytes = run(command, scratch / "engine.log", limit_s)
-        return [Row(**row) for row in json.loads(rows_file.read_text(encoding="utf-8"))], peak_bytes
+        rows = json.loads(rows_file.read_text(encoding="utf-8"))
+        return Measured([Row(**row) for row in rows], peak_bytes)
 
     def server(self, plan: Plan, precision: str, port: int) -> tuple[Command, str] | None:
         return None

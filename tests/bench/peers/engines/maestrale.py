@@ -5,11 +5,12 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from model.config import MixtralConfig
 from model.quantized_copy import expert_bytes
 from tests.bench.peers.engines.engine import WeightBytes
-from tests.bench.peers.plan import Plan, Row
+from tests.bench.peers.plan import Measured, Plan, Row
 from tests.bench.peers.processes import Command, run
 
 CODE = ("model", "cluster", "protos")
@@ -39,9 +40,7 @@ class Maestrale:
         held = expert_bytes(self._config, self.precisions[precision])
         return WeightBytes(2, held / self._config.num_expert_parameters, 2)
 
-    def measure(
-        self, plan: Plan, precision: str, scratch: Path, limit_s: float
-    ) -> tuple[list[Row], int]:
+    def measure(self, plan: Plan, precision: str, scratch: Path, limit_s: float) -> Measured:
         result = scratch / "engine.json"
         # each process has this many; a head and its workers compute by turns, the workers together
         threads = max(1, plan.threads // max(1, self._num_workers))
@@ -64,7 +63,7 @@ class Maestrale:
             )
             for row in found["rows"]
         ]
-        return rows, peak_bytes
+        return Measured(rows, peak_bytes, above_idle_bytes(found["memory"]))
 
     def server(self, plan: Plan, precision: str, port: int) -> tuple[Command, str] | None:
         if not self._serves:
@@ -75,6 +74,12 @@ class Maestrale:
         if precision != "bf16":
             arguments += ["--experts", self.precisions[precision]]
         return Command(arguments), "/ready"
+
+
+def above_idle_bytes(memory: dict[str, Any]) -> int | None:
+    """Of the head and its workers; None where the system does not say."""
+    parts = [memory["head_pss_bytes"], *memory["worker_pss_bytes"]]
+    return None if None in parts else sum(parts)
 
 
 def commit() -> str:
