@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import shutil
-import sys
 import zlib
 from importlib.resources import files
 from pathlib import Path
@@ -183,4 +182,4 @@ def first_existing(folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -77,7 +78,7 @@ def matrix_figures(thread_counts: list[int]) -> Iterator[Figure]:
     for dtype, threads in product((torch.bfloat16, torch.float32), thread_counts):
         torch.set_num_threads(threads)
         rows, weights = (torch.randn(n, inputs).to(dtype) for n in (num_rows, outputs))
-        seconds = best_s(lambda rows=rows, weights=weights: F.linear(rows, weights))
+        seconds = best_s(partial(F.linear, rows, weights))
         kind = str(dtype).removeprefix("torch.")
         yield Figure("matrix", kind, threads, 2 * num_rows * inputs * outputs / seconds)
 

@@ -7,6 +7,7 @@ import sys
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from tests.bench.make_checkpoint import CACHE
 from tests.bench.peers.engines.engine import WeightBytes
@@ -97,7 +98,7 @@ class LlamaCpp:
         prompts: tuple[int, ...],
         new_tokens: int,
         sequences: tuple[int, ...],
-    ) -> tuple[list[dict[str, float]], int]:
+    ) -> tuple[list[dict[str, Any]], int]:
         """One run of llama-batched-bench; what it says of each batch, and its memory."""
         context = max(sequences) * (max(prompts) + new_tokens)
         arguments = [self._tool("llama-batched-bench"), "-m", self._file(plan, precision)]

@@ -9,6 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +70,13 @@ def main() -> None:
     for size in plan["sequences"]:
         # batched_mm copies the weights of every (row, expert): 700 MB a row at Mixtral's shapes
         kernels = [kernel for kernel in KERNELS if kernel != "batched_mm" or size == 1]
-        kernel = fastest(kernels, lambda size=size: decode_s(size, 2, 2))
+        kernel = fastest(kernels, partial(decode_s, size, 2, 2))
         new_tokens = plan["new_tokens"]
         seconds = decode_s(size, plan["prompt_tokens"], new_tokens)
         note("decode", size, size * new_tokens / seconds, kernel)
     kernels = [kernel for kernel in KERNELS if kernel != "batched_mm"]
     for size in plan["prefill"]:
-        kernel = fastest(kernels, lambda: prefill_s(TRIAL_TOKENS))
+        kernel = fastest(kernels, partial(prefill_s, TRIAL_TOKENS))
         note("prefill", size, size / prefill_s(size), kernel)
     rows_file.write_text(json.dumps(rows), encoding="utf-8")
 
