@@ -12,7 +12,7 @@ from model.config import MixtralConfig
 from model.weights import Checkpoint
 from tests.bench import make_checkpoint
 from tests.bench.peers.engines.engine import WeightBytes
-from tests.bench.peers.engines.llamacpp import LlamaCpp
+from tests.bench.peers.engines.llamacpp import LlamaCpp, batches_in
 from tests.bench.peers.engines.maestrale import Maestrale
 from tests.bench.peers.errors import PeerError
 from tests.bench.peers.http import row_of
@@ -146,6 +146,11 @@ def test_failed_requests_are_no_result() -> None:
     summary = {"errors": {"timeout": 2}, "output_tokens_per_s": 5.0, "measures": {}}
     with pytest.raises(PeerError, match="timeout"):
         row_of({"points": [{"summary": summary}]}, Plan(checkpoint=Path()))
+
+
+def test_batches_are_found_among_other_messages() -> None:
+    log = 'load: done\nmain: n_kv_max{"n_kv_max": 64, "pl": 1, "speed_tg": 2.5}.\n{"n_kv_max": 9}'
+    assert batches_in(log) == [{"n_kv_max": 64, "pl": 1, "speed_tg": 2.5}, {"n_kv_max": 9}]
 
 
 # --- what is printed ---

@@ -144,7 +144,11 @@ class Runner:
             return Measured([], peak_bytes), json.loads(file.read_text(encoding="utf-8"))
         engine = self._engines[task.engine]
         measure = engine.measure if task.kind == "engine" else partial(http.measure, engine)
-        return measure(self._plan, task.precision, scratch, self._limit_s), []
+        measured = measure(self._plan, task.precision, scratch, self._limit_s)
+        missing = self._plan.cases(task.kind) - {(row.phase, row.size) for row in measured.rows}
+        if missing:
+            raise PeerError(f"said nothing of {sorted(missing)}")
+        return measured, []
 
 
 def tasks_of(engines: Sequence[Engine], plan: Plan, arguments: argparse.Namespace) -> list[Task]:

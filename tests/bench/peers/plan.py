@@ -31,6 +31,13 @@ class Plan:
     threads: int = 2
     """Cores of the machine."""
 
+    def cases(self, kind: str) -> set[tuple[str, int]]:
+        """Phase and size of every row that an engine, or its server ("http"), is to give."""
+        if kind == "http":
+            return {("http", self.callers)}
+        decode = {("decode", size) for size in self.sequences}
+        return decode | {("prefill", size) for size in self.prefill}
+
 
 @dataclass(frozen=True)
 class Measured:

@@ -106,8 +106,7 @@ class LlamaCpp:
         arguments += ["-npp", _list(prompts), "-ntg", new_tokens, "-npl", _list(sequences)]
         arguments += ["-t", plan.threads, "-tb", plan.threads, "--output-format", "jsonl"]
         peak_bytes = run(Command([str(argument) for argument in arguments]), log, limit_s)
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-        return [json.loads(line) for line in lines if line.startswith('{"n_kv_max"')], peak_bytes
+        return batches_in(log.read_text(encoding="utf-8", errors="replace")), peak_bytes
 
     @property
     def _source(self) -> Path:
@@ -155,6 +154,12 @@ class LlamaCpp:
                 command = [str(self._tool("llama-quantize")), str(dense), str(unfinished), word]
             narrate(command, f"llama.cpp {word}")
             os.replace(unfinished, file)
+
+
+def batches_in(log: str) -> list[dict[str, Any]]:
+    """What llama-batched-bench said of each batch; other messages may share a line with it."""
+    decoder = json.JSONDecoder()
+    return [decoder.raw_decode(log, match.start())[0] for match in re.finditer(r'{"n_kv_max"', log)]
 
 
 def _list(numbers: tuple[int, ...]) -> str:

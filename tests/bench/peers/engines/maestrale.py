@@ -13,7 +13,7 @@ from tests.bench.peers.engines.engine import WeightBytes
 from tests.bench.peers.plan import Measured, Plan, Row
 from tests.bench.peers.processes import Command, run
 
-CODE = ("model", "cluster", "protos")
+CODE = ("model", "cluster", "protos", "tests/bench/peers", "tests/bench/make_checkpoint.py")
 
 
 class Maestrale:

@@ -7,6 +7,7 @@ import json
 import random
 import sys
 import time
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +27,26 @@ def main() -> None:
         max_num_seqs=max(plan["sequences"]),
         max_num_batched_tokens=max(longest + 16, 2048),
         enable_prefix_caching=False,
-    )
+    ).llm_engine
+    request_ids = count()
     numbers = random.Random(0)
 
-    def seconds(num_sequences: int, prompt_tokens: int, new_tokens: int) -> float:
-        prompts = [
-            {"prompt_token_ids": numbers.choices(VOCABULARY, k=prompt_tokens)}
-            for _ in range(num_sequences)
-        ]
+    def seconds(num_sequences: int, prompt_tokens: int, new_tokens: int) -> tuple[float, float]:
+        """Until every sequence has its first token, and from then until the last has ended."""
         sampling = SamplingParams(
             temperature=0.0, max_tokens=new_tokens, ignore_eos=True, detokenize=False
         )
+        for _ in range(num_sequences):
+            prompt = {"prompt_token_ids": numbers.choices(VOCABULARY, k=prompt_tokens)}
+            engine.add_request(str(next(request_ids)), prompt, sampling)
+        begun: set[str] = set()
         started = time.perf_counter()
-        engine.generate(prompts, sampling, use_tqdm=False)
-        return time.perf_counter() - started
+        first_s = 0.0
+        while engine.has_unfinished_requests():
+            begun |= {output.request_id for output in engine.step()}
+            if not first_s and len(begun) == num_sequences:
+                first_s = time.perf_counter() - started
+        return first_s, time.perf_counter() - started - first_s
 
     rows: list[dict[str, Any]] = []
 
@@ -49,12 +56,11 @@ def main() -> None:
 
     seconds(1, plan["prompt_tokens"], 4)  # warms up
     for size in plan["sequences"]:
-        # the engine does not say when the prompts end, so their time is measured and taken off
-        prompts_s = seconds(size, plan["prompt_tokens"], 1)
-        whole_s = seconds(size, plan["prompt_tokens"], 1 + plan["new_tokens"])
-        note("decode", size, size * plan["new_tokens"] / (whole_s - prompts_s))
+        _, decode_s = seconds(size, plan["prompt_tokens"], 1 + plan["new_tokens"])
+        note("decode", size, size * plan["new_tokens"] / decode_s)
     for size in plan["prefill"]:
-        note("prefill", size, size / seconds(1, size, 1))
+        prefill_s, _ = seconds(1, size, 1)
+        note("prefill", size, size / prefill_s)
     rows_file.write_text(json.dumps(rows), encoding="utf-8")
 
 
