@@ -29,6 +29,8 @@ class Command:
     arguments: Sequence[str]
     environ: Mapping[str, str] = field(default_factory=dict)
     """On top of this process's own."""
+    output: Path | None = None
+    """Where standard output goes; to the log, with standard error, if left out."""
 
 
 @dataclass
@@ -97,13 +99,13 @@ def run(command: Command, log: Path, limit_s: float) -> int:
 @contextmanager
 def watched(command: Command, log: Path) -> Iterator[Watched]:
     """The process while the block runs."""
-    with log.open("wb") as output:
+    with log.open("ab") as errors, (command.output or log).open("ab") as output:
         process = subprocess.Popen(
             [str(argument) for argument in command.arguments],
             env=os.environ | dict(command.environ),
             stdin=subprocess.DEVNULL,
             stdout=output,
-            stderr=subprocess.STDOUT,
+            stderr=errors,
             start_new_session=True,  # Ctrl-C is for us, who then end it
         )
         watch = Watched(process, log)

@@ -57,7 +57,7 @@ class LlamaCpp:
         decode_rows, decode_bytes = self._bench(
             plan,
             precision,
-            scratch / "decode.log",
+            scratch / "decode.jsonl",
             limit_s,
             prompts=(plan.prompt_tokens,),
             new_tokens=plan.new_tokens,
@@ -66,10 +66,10 @@ class LlamaCpp:
         prefill_rows, prefill_bytes = self._bench(
             plan,
             precision,
-            scratch / "prefill.log",
+            scratch / "prefill.jsonl",
             limit_s,
             prompts=plan.prefill,
-            new_tokens=0,
+            new_tokens=1,  # with none it divides by their time, which may be 0
             sequences=(1,),
         )
         rows = [
@@ -92,7 +92,7 @@ class LlamaCpp:
         self,
         plan: Plan,
         precision: str,
-        log: Path,
+        output: Path,
         limit_s: float,
         *,
         prompts: tuple[int, ...],
@@ -105,8 +105,9 @@ class LlamaCpp:
         arguments += ["-c", context, "-b", max(2048, *prompts), "-ub", UBATCH_TOKENS]
         arguments += ["-npp", _list(prompts), "-ntg", new_tokens, "-npl", _list(sequences)]
         arguments += ["-t", plan.threads, "-tb", plan.threads, "--output-format", "jsonl"]
-        peak_bytes = run(Command([str(argument) for argument in arguments]), log, limit_s)
-        return batches_in(log.read_text(encoding="utf-8", errors="replace")), peak_bytes
+        command = Command([str(argument) for argument in arguments], output=output)
+        peak_bytes = run(command, output.with_suffix(".log"), limit_s)
+        return batches_in(output.read_text(encoding="utf-8", errors="replace")), peak_bytes
 
     @property
     def _source(self) -> Path:
@@ -156,10 +157,11 @@ class LlamaCpp:
             os.replace(unfinished, file)
 
 
-def batches_in(log: str) -> list[dict[str, Any]]:
+def batches_in(output: str) -> list[dict[str, Any]]:
     """What llama-batched-bench said of each batch; other messages may share a line with it."""
     decoder = json.JSONDecoder()
-    return [decoder.raw_decode(log, match.start())[0] for match in re.finditer(r'{"n_kv_max"', log)]
+    begins = [match.start() for match in re.finditer(r'{"n_kv_max"', output)]
+    return [decoder.raw_decode(output, begin)[0] for begin in begins]
 
 
 def _list(numbers: tuple[int, ...]) -> str:
