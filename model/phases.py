@@ -10,8 +10,8 @@ Phase = Literal[
     "attention",  # norm, projections, cache and attention of a layer
     "routing",  # norm and router of a layer
     "experts",  # computing experts, here or at the workers
-    "packing",  # splitting rows by worker, and serialising them
-    "transfer",  # waiting for sums, but for the time the slowest worker computes
+    "packing",  # splitting rows by worker, serialising them, and handing them to gRPC's threads
+    "transfer",  # waiting for sums longer than the slowest worker computes
     "unpacking",  # adding the workers' sums up
     "logits",  # final norm and LM head
     "outside",  # everything that is not the decoder's

@@ -192,6 +192,8 @@ class Worker:
         self.calls: list[wire.Call] = []
         self.fail_at: set[int] = set()
         """Calls, counted from 1, whose answer gets lost with the connection."""
+        self.compute_s = 0.0
+        """What it says that it computed for."""
         self._config = mixtral.config
         self._dtype = mixtral.decoder.dtype
 
@@ -200,7 +202,7 @@ class Worker:
         self.calls.append(call)
         experts = {e: self.held[call.layer, e] for e, _ in call.assignments.counts}
         sums_RD = weighted_sums(experts, call.x_RD, call.assignments)
-        return wire.encode_reply(call.call_id, self.info.incarnation, sums_RD, 0.0)
+        return wire.encode_reply(call.call_id, self.info.incarnation, sums_RD, self.compute_s)
 
 
 class Workers:

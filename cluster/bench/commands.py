@@ -159,7 +159,7 @@ def engine(
     need_server_extra()
     _check_writable(json_file)
     from cluster.bench.engine import EnginePlan, measure
-    from cluster.bench.engine_report import as_json, profile_table, rates_table
+    from cluster.bench.engine_report import as_json, profile_tables, rates_table
     from cluster.bench.progress import overwrite
     from cluster.console import console, size
     from model import TINY
@@ -183,8 +183,8 @@ def engine(
     )
     overwrite("")
     console.print(rates_table(report))
-    if profile:
-        console.print(profile_table(report))
+    for table in profile_tables(report) if profile else ():
+        console.print(table)
     if report.head_bytes is not None:
         held = [size(number) for number in report.worker_bytes if number is not None]
         console.print(f"memory above an idle process: head {size(report.head_bytes)}", end="")

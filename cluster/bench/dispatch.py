@@ -28,7 +28,7 @@ from model.router import Routing
 TRANSPORTS = ("tcp", "unix")
 INTERMEDIATE_SIZE = 8
 ANSWER_TIMEOUT_S = 30.0
-_PARTS: tuple[Phase, ...] = ("packing", "transfer", "unpacking", "experts")
+PARTS = ("pack", "wait", "add", "worker")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,8 @@ class DispatchRow:
     beyond: Distribution
     """Round trip without the worker's own time."""
     parts: dict[str, float]
-    """Medians by part; `experts` is the worker's own time."""
+    """Medians by PARTS. pack, wait and add are the whole round trip; a worker may begin to compute
+    while its caller still packs, so the wait can be shorter than the worker's own time."""
 
 
 @dataclass(frozen=True)
@@ -98,13 +99,33 @@ class SmallExperts:
         return Holding(self.config, self.torch_dtype, held)
 
 
+class _TripWatch(Stopwatch):
+    """A stopwatch that also keeps what the worker says of its own time."""
+
+    worker_s = 0.0
+
+    def reveal(self, seconds: float, was: Phase, really: Phase) -> None:
+        self.worker_s = seconds
+
+    def trip(self, whole_s: float) -> dict[str, float]:
+        """Seconds of the round trip that has just ended: PARTS, and `beyond` the worker."""
+        phases = self.take()
+        return {
+            "pack": phases["packing"],
+            "wait": phases["transfer"],
+            "add": phases["unpacking"],
+            "worker": self.worker_s,
+            "beyond": whole_s - self.worker_s,
+        }
+
+
 def measure(wanted: DispatchPlan, on_progress: Callable[[str], None]) -> list[DispatchRow]:
     """Carry out a plan. Raises ConfigError for a dtype or size, or BenchError."""
     torch.set_num_threads(wanted.num_threads)
     maker = SmallExperts(wanted.hidden_size, wanted.dtype)
     config = maker.config
     table = plan(num_layers=1, num_experts=config.num_local_experts, expert_bytes=0, budgets=[None])
-    stopwatch = Stopwatch()
+    watch = _TripWatch()
     on_progress("starting a worker")
     with ExitStack() as stack:
         socket = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "worker"
@@ -118,7 +139,7 @@ def measure(wanted: DispatchPlan, on_progress: Callable[[str], None]) -> list[Di
                 [worker],
                 table,
                 (config, maker.torch_dtype),
-                stopwatch,
+                watch,
                 timeout_s=ANSWER_TIMEOUT_S,
                 addresses=[addresses[transport]],
             )
@@ -126,7 +147,7 @@ def measure(wanted: DispatchPlan, on_progress: Callable[[str], None]) -> list[Di
         found = []
         for num_rows in wanted.rows:
             on_progress(f"{num_rows} rows")
-            found += _compare(experts, num_rows, wanted, config, stopwatch)
+            found += _compare(experts, num_rows, wanted, config, watch)
         return found
 
 
@@ -136,7 +157,7 @@ def _compare(
     num_rows: int,
     wanted: DispatchPlan,
     config: MixtralConfig,
-    stopwatch: Stopwatch,
+    watch: _TripWatch,
 ) -> list[DispatchRow]:
     """The same rows over each transport, in turn."""
     generator = torch.Generator().manual_seed(num_rows)
@@ -148,18 +169,16 @@ def _compare(
     seen: dict[str, list[dict[str, float]]] = {transport: [] for transport in experts}
     for round_number in range(wanted.num_warmup + wanted.rounds):
         for transport, remote in experts.items():
-            stopwatch.take()
+            watch.take()
             started = time.perf_counter()
             remote.dispatch(0, x_TD, routing).wait()
             whole_s = time.perf_counter() - started
             if round_number >= wanted.num_warmup:
-                phases = stopwatch.take()
-                parts = {str(name): phases[name] for name in _PARTS}
-                seen[transport].append({**parts, "beyond": whole_s - phases["experts"]})
+                seen[transport].append(watch.trip(whole_s))
     rows = []
     for transport, trips in seen.items():
         beyond = distribution(trip["beyond"] for trip in trips)
         assert beyond is not None
-        parts = {str(name): median(trip[name] for trip in trips) for name in _PARTS}
+        parts = {name: median(trip[name] for trip in trips) for name in PARTS}
         rows.append(DispatchRow(transport, num_rows, x_TD.nbytes, beyond, parts))
     return rows

@@ -26,25 +26,35 @@ def rates_table(report: EngineReport) -> Table:
     return table
 
 
-def profile_table(report: EngineReport) -> Table:
-    """Where a step's time goes: one column per case and number of workers."""
-    table = Table(title="milliseconds of a step, and share", title_justify="left")
-    table.add_column("part")
-    columns = [row.parts for row in report.rows]
+def profile_tables(report: EngineReport) -> list[Table]:
+    """Where a step's time goes: one table per case, two columns per number of workers."""
+    rows_of: dict[str, list[Row]] = {}
     for row in report.rows:
-        table.add_column(f"{row.case}, {row.num_workers} workers", justify="right")
+        rows_of.setdefault(str(row.case), []).append(row)
+    return [_profile_table(case, rows) for case, rows in rows_of.items()]
+
+
+def _profile_table(case: str, rows: list[Row]) -> Table:
+    table = Table(title=f"{case}: where a step's time goes", title_justify="left")
+    table.add_column("part")
+    for row in rows:
+        table.add_column(f"{row.num_workers} workers, ms", justify="right")
+        table.add_column("share", justify="right")
+    columns = [row.parts for row in rows]
+    steps_s = [sum(parts.values()) for parts in columns]
     for part in PARTS:
         if any(part in parts for parts in columns):
-            table.add_row(part, *(_share(parts, part) for parts in columns))
+            cells = []
+            for parts, step_s in zip(columns, steps_s, strict=True):
+                seconds = parts.get(part)
+                if seconds is None:
+                    cells += ["-", "-"]
+                else:
+                    cells += [f"{1000 * seconds:.3f}", f"{100 * seconds / step_s:.1f} %"]
+            table.add_row(part, *cells)
     table.add_section()
-    table.add_row("step", *(f"{1000 * sum(parts.values()):.3f}" for parts in columns))
+    table.add_row("step", *(cell for s in steps_s for cell in (f"{1000 * s:.3f}", "100.0 %")))
     return table
-
-
-def _share(parts: dict[str, float], part: str) -> str:
-    if part not in parts:
-        return "-"
-    return f"{1000 * parts[part]:.3f} {100 * parts[part] / sum(parts.values()):5.1f} %"
 
 
 def as_json(report: EngineReport, *, is_profiled: bool) -> dict[str, Any]:

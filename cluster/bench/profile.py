@@ -59,14 +59,12 @@ class Step:
     @property
     def parts(self) -> dict[str, float]:
         """Seconds by PARTS; they sum to the step's whole time."""
-        stats, phases = self.stats, self.phases
-        parts = {name: seconds for name, seconds in phases.items() if name in PARTS}
-        wall_s = stats.forward_s + stats.sampling_s + stats.host_s
-        return {
-            **{str(name): seconds for name, seconds in parts.items()},
-            "sampling": stats.sampling_s,
-            "host": wall_s - stats.sampling_s - sum(parts.values()),
-        }
+        stats = self.stats
+        parts = {str(name): s for name, s in self.phases.items() if name in PARTS}
+        in_decoder_s = sum(parts.values())
+        parts["sampling"] = stats.sampling_s
+        parts["host"] = stats.forward_s + stats.host_s - in_decoder_s
+        return parts
 
 
 class StepRecorder(HeadMetrics):

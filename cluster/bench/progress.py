@@ -11,9 +11,9 @@ _SHOW_EVERY_S = 0.25
 
 
 def overwrite(text: str) -> None:
-    """Put a line over the last one; nothing where standard error is no terminal."""
+    """A line that the next one covers, whoever prints it; nothing where nobody watches."""
     if sys.stderr.isatty():
-        print(f"\r{text:<70}", end="", file=sys.stderr, flush=True)
+        print(f"{text:<79}", end="\r", file=sys.stderr, flush=True)
 
 
 class ProgressLine:
@@ -40,8 +40,7 @@ class ProgressLine:
         trace: TracebackType | None,
     ) -> None:
         overwrite("")
-        overwrite(str(self))
-        print("" if sys.stderr.isatty() else self, file=sys.stderr, flush=True)
+        print(self, file=sys.stderr, flush=True)
 
     def __str__(self) -> str:
         seconds = time.monotonic() - self._started

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cluster.bench.dispatch import DispatchPlan, measure
+from cluster.bench.dispatch import PARTS, DispatchPlan, measure
 from cluster.bench.workers import Holding, running_workers
 from cluster.errors import BenchError
 from model.weights import Checkpoint
@@ -64,7 +64,8 @@ def test_a_dispatch_is_measured_over_both_transports() -> None:
     for row in rows:
         assert row.sent_bytes == row.num_rows * 64 * 2
         assert 0 < row.beyond.p50 <= row.beyond.p99
-        assert row.parts["experts"] > 0
+        assert row.parts.keys() == set(PARTS)
+        assert row.parts["worker"] > 0
 
 
 def no_checkpoint() -> Holding:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.bench.engine import EnginePlan, EngineReport, measure
-from cluster.bench.engine_report import as_json, profile_table, rates_table
+from cluster.bench.engine_report import as_json, profile_tables, rates_table
 from cluster.bench.profile import PARTS, Step, StepRecorder, Stopwatch, mean_parts
 from cluster.errors import BenchError, ConfigurationError
 from cluster.metrics import StepStats
@@ -88,9 +88,11 @@ def test_the_json_is_what_other_scripts_read(report: EngineReport) -> None:
 
 def test_the_tables_have_every_case(report: EngineReport) -> None:
     assert rates_table(report).row_count == 3
-    parts = profile_table(report)
-    assert len(parts.columns) == 1 + 3
-    assert parts.row_count == 6 + 1
+    tables = profile_tables(report)
+    assert len(tables) == 3
+    for table in tables:
+        assert len(table.columns) == 1 + 2
+        assert table.row_count == 6 + 1  # the parts, and their sum
 
 
 def test_memory_is_only_told_of_one_setting_alone(tiny_folder: Path) -> None:

@@ -17,6 +17,7 @@ from cluster.placement import Placement, Table, WorkerInfo, plan
 from cluster.rpc import Identity
 from model import Mixtral
 from model.experts import Assignments, assign, weighted_sums
+from model.phases import Phase
 from model.router import Routing
 from model.sampling_params import SamplingParams
 from model.weights import Checkpoint
@@ -192,6 +193,31 @@ def test_a_whole_model_says_the_same_over_workers_as_in_one_process(
     with remote(mixtral, weights, even_placement(mixtral, 3)) as (experts, _):
         split = Mixtral(mixtral.decoder, experts, mixtral.tokenizer, mixtral.chat)
         assert split.generate_ids(prompts, params) == mixtral.generate_ids(prompts, params)
+
+
+def test_a_dispatch_tells_its_phases_and_how_long_the_slowest_worker_computed(
+    mixtral: Mixtral, weights: Weights
+) -> None:
+    told: list[object] = []
+
+    class Listener:
+        def enter(self, phase: Phase) -> None:
+            told.append(phase)
+
+        def reveal(self, seconds: float, was: Phase, really: Phase) -> None:
+            told.append((seconds, was, really))
+
+    placement = even_placement(mixtral, 2)
+    with remote(mixtral, weights, placement) as (experts, workers):
+        for info, seconds in zip(placement.workers, (0.3, 0.2), strict=True):
+            workers[info].compute_s = seconds
+        experts.phases = Listener()
+        pending = experts.dispatch(
+            0, random_rows(9, mixtral.config.hidden_size, seed=1), routing_of(9, seed=1)
+        )
+        assert told == ["packing"]
+        pending.wait()
+    assert told[1:] == [*["transfer", "unpacking"] * 2, (0.3, "transfer", "experts")]
 
 
 # --- losses ---
