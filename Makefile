@@ -14,7 +14,7 @@ COUNTED := awk '/^Collecting /{printf "\r  %3d packages, now %-40s", ++n, $$2; f
 	/^Installing collected/{printf "\r  %3d packages, installing them %-30s\n", n, ""; fflush()}'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test test-unit test-soak check protos bench clean
+.PHONY: help demo serve test test-unit test-soak check protos bench bench-peers clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -47,6 +47,9 @@ protos: $(VENV)/.dev  ## Generate the code of protos/*.proto
 bench: $(VENV)/.server  ## Cost of the split: beside one process, by part, and of one round trip
 	$(BIN)/maestrale bench engine --workers 0,2 --dtype float32 --profile
 	$(BIN)/maestrale bench dispatch
+
+bench-peers: $(VENV)/.dev  ## Maestrale beside llama.cpp, vLLM, transformers: hours; goes on where it stopped
+	@$(BIN)/python -m tests.bench.peers
 
 clean:  ## Remove the virtual environment and caches
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info

@@ -1,0 +1,1 @@
+"""How each engine is started, asked and read. They share `engine.Engine`."""
