@@ -4,8 +4,8 @@ A backend plans once per step (which rows attend to which slots) and attends onc
 sliding window only the slots within it are read, so older ones may have been written over.
 
 Shape suffixes: S sequences of a group, Q new tokens of each, L longest visible context of the
-group, N query heads, K key/value heads, G query heads per key/value head, H head dimension,
-T tokens.
+group, N query heads, K key/value heads, G query heads per key/value head, X both G and Q,
+H head dimension, T tokens.
 """
 
 from collections import defaultdict
@@ -139,14 +139,21 @@ class SdpaAttention:
         output_TNH = torch.empty_like(q_TNH)
         for group in plan:
             keys_SLKH, values_SLKH = cache.read(layer, group.slots_SL)
-            attended_SNQH = F.scaled_dot_product_attention(
-                q_TNH[group.rows_SQ].transpose(1, 2),
+            num_kv_heads = keys_SLKH.shape[2]
+            # The query heads that share a key head stand in one matrix with its new tokens: each
+            # key is read once for all of them, not once for each.
+            q_SQKGH = q_TNH[group.rows_SQ].unflatten(2, (num_kv_heads, -1))
+            q_SKGQH = q_SQKGH.permute(0, 2, 3, 1, 4)
+            num_sharing, num_new = q_SKGQH.shape[2:4]
+            mask_S1GQL = group.mask_S1QL[:, :, None].expand(-1, -1, num_sharing, -1, -1)
+            attended_SKXH = F.scaled_dot_product_attention(
+                q_SKGQH.flatten(2, 3),
                 keys_SLKH.transpose(1, 2),
                 values_SLKH.transpose(1, 2),
-                attn_mask=group.mask_S1QL,
-                enable_gqa=True,
+                attn_mask=mask_S1GQL.flatten(2, 3),
             )
-            output_TNH[group.rows_SQ] = attended_SNQH.transpose(1, 2)
+            attended_SKGQH = attended_SKXH.unflatten(2, (num_sharing, num_new))
+            output_TNH[group.rows_SQ] = attended_SKGQH.permute(0, 3, 1, 2, 4).flatten(2, 3)
         return output_TNH
 
 

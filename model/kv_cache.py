@@ -45,7 +45,12 @@ class KVCache:
 
     def read(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values at `slots` of any shape S: two tensors (*S, K, H), copied."""
-        return self.keys[layer][slots], self.values[layer][slots]
+        # index_select copies whole rows: several times as fast on CPU as indexing by a tensor
+        keys, values = (
+            tensor.index_select(0, slots.flatten()).view(*slots.shape, *tensor.shape[1:])
+            for tensor in (self.keys[layer], self.values[layer])
+        )
+        return keys, values
 
     def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copy keys and values from slots to slots, in every layer. All are read before any is

@@ -125,7 +125,7 @@ def test_another_head_goes_on_where_one_has_stopped(
     assert [outbox.ids(key) for key in replays] == [rest for _, rest in replays.values()]
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_no_company_and_no_shortage_changes_what_a_request_gets(
     mixtral: Mixtral,
     ids: list[list[int]],

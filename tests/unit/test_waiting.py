@@ -3,7 +3,7 @@
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.head.sequence import Sequence
@@ -33,6 +33,7 @@ def test_one_client_is_served_in_the_order_of_arrival() -> None:
     assert len(queue) == 0
 
 
+@settings(max_examples=20)
 @given(
     sizes=st.lists(st.integers(1, 50), min_size=2, max_size=4),
     counts=st.lists(st.integers(20, 60), min_size=4, max_size=4),
