@@ -142,7 +142,12 @@ class SdpaAttention:
             num_kv_heads = keys_SLKH.shape[2]
             # The query heads that share a key head stand in one matrix with its new tokens: each
             # key is read once for all of them, not once for each.
-            q_SQKGH = q_TNH[group.rows_SQ].unflatten(2, (num_kv_heads, -1))
+            rows = group.rows_SQ.flatten()
+            q_SQKGH = (
+                q_TNH.index_select(0, rows)
+                .unflatten(0, group.rows_SQ.shape)
+                .unflatten(2, (num_kv_heads, -1))
+            )
             q_SKGQH = q_SQKGH.permute(0, 2, 3, 1, 4)
             num_sharing, num_new = q_SKGQH.shape[2:4]
             mask_S1GQL = group.mask_S1QL[:, :, None].expand(-1, -1, num_sharing, -1, -1)
@@ -153,7 +158,8 @@ class SdpaAttention:
                 attn_mask=mask_S1GQL.flatten(2, 3),
             )
             attended_SKGQH = attended_SKXH.unflatten(2, (num_sharing, num_new))
-            output_TNH[group.rows_SQ] = attended_SKGQH.permute(0, 3, 1, 2, 4).flatten(2, 3)
+            attended_SQNH = attended_SKGQH.permute(0, 3, 1, 2, 4).flatten(2, 3)
+            output_TNH.index_copy_(0, rows, attended_SQNH.flatten(0, 1))
         return output_TNH
 
 
