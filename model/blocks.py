@@ -165,11 +165,12 @@ class BlockTable:
 
     def grow(self, end: int) -> bool:
         """Cover all positions before end; False, and nothing changed, when too few are free."""
-        return self.extend(self._pool.blocks_for(end) - self.first - len(self.blocks))
+        num_missing = self._pool.blocks_for(end) - self.first - len(self.blocks)
+        return num_missing <= 0 or self.extend(num_missing)
 
     def extend(self, num_blocks: int) -> bool:
         """That many more blocks at its end; False, and nothing changed, when too few are free."""
-        blocks = self._pool.allocate(max(0, num_blocks))
+        blocks = self._pool.allocate(num_blocks)
         if blocks is None:
             return False
         self.blocks += blocks
