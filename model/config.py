@@ -59,16 +59,6 @@ _MISTRALS_UNSUPPORTED = (
 )
 """Fields of `params.json`, of other models than Mixtral, that change what is computed."""
 
-_GENERATION_FIELDS: dict[str, tuple[str, float, float]] = {
-    "temperature": ("temperature", 0.0, 100.0),
-    "top_p": ("top_p", 1e-6, 1.0),
-    "top_k": ("top_k", 0, 2**32 - 1),
-    "min_p": ("min_p", 0.0, 1.0),
-    "repetition_penalty": ("repetition_penalty", 0.01, 100.0),
-    "max_tokens": ("max_new_tokens", 1, 2**32 - 1),
-}
-"""SamplingParams' names, with `generation_config.json`'s and the least and greatest value."""
-
 _MAX_EXPERTS = 100_000
 """Of all layers; Mixtral-8x22B has 448. A damaged file must not fill memory with names."""
 
@@ -196,10 +186,10 @@ class MixtralConfig:
         """
         params_file = folder / "params.json"
         is_mistrals = params_file.is_file() and not (folder / "config.json").exists()
-        content = _read_json(params_file if is_mistrals else folder / "config.json")
+        content = read_json(params_file if is_mistrals else folder / "config.json")
         generation_file = folder / "generation_config.json"
         if generation_file.exists():
-            eos = _read_json(generation_file).get("eos_token_id")
+            eos = read_json(generation_file).get("eos_token_id")
             if eos is not None:
                 content = {**content, "eos_token_id": eos}
         return cls.from_params(content) if is_mistrals else cls.from_dict(content)
@@ -280,43 +270,8 @@ class MixtralConfig:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class GenerationDefaults:
-    """How a checkpoint's makers would have it sampled; None where they do not say."""
-
-    temperature: float | None = None
-    """0 for greedy."""
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    max_tokens: int | None = None
-
-    @classmethod
-    def from_folder(cls, folder: Path) -> "GenerationDefaults":
-        """Read `generation_config.json`; nothing is said where there is no such file.
-
-        Raises ConfigError naming the field that is not a number in its range.
-        """
-        file = folder / "generation_config.json"
-        if not file.exists():
-            return cls()
-        content = _read_json(file)
-        fields: dict[str, Any] = {}
-        for name, (theirs, low, high) in _GENERATION_FIELDS.items():
-            value = content.get(theirs)
-            if value is None:
-                continue
-            kinds = (int,) if isinstance(low, int) else (int, float)
-            if type(value) not in kinds or not low <= value <= high:
-                raise ConfigError(f"{file}: {theirs} is {value!r}, not between {low} and {high}")
-            fields[name] = value
-        if content.get("do_sample") is False:
-            fields["temperature"] = 0.0
-        return cls(**fields)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """The object that a file of a checkpoint holds. Raises ConfigError naming the file."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

@@ -18,7 +18,7 @@ from cluster.ingress.prepare import ApiSettings
 from cluster.metrics import IngressMetrics
 from cluster.schema import Readiness
 from model.chat import ChatFormat
-from model.config import GenerationDefaults
+from model.generation_defaults import GenerationDefaults
 from model.sampling_params import TokenLogprobs
 from model.tokenizer import Tokenizer
 

@@ -20,7 +20,8 @@ from cluster.metrics import IngressMetrics, merge
 from cluster.placement import ClusterView
 from cluster.schema import Readiness, WorkerStatus
 from model.chat import ChatFormat
-from model.config import GenerationDefaults, MixtralConfig
+from model.config import MixtralConfig
+from model.generation_defaults import GenerationDefaults
 from model.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)

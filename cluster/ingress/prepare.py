@@ -22,8 +22,8 @@ from cluster.schema import (
     Usage,
 )
 from model.chat import ChatFormat, Message
-from model.config import GenerationDefaults
 from model.errors import PromptError
+from model.generation_defaults import GenerationDefaults
 from model.labels import trim_padding
 from model.tokenizer import Tokenizer
 

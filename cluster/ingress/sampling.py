@@ -5,8 +5,8 @@ from typing import Any
 
 from cluster.errors import RequestError
 from cluster.schema import GenerationRequest
-from model.config import GenerationDefaults
 from model.errors import PromptError
+from model.generation_defaults import GenerationDefaults
 from model.sampling_params import SamplingParams
 from model.tokenizer import Tokenizer
 

@@ -21,7 +21,7 @@ from cluster.schema import (
     ModelList,
     Readiness,
 )
-from model.config import GenerationDefaults
+from model.generation_defaults import GenerationDefaults
 from protos import head_pb2
 from tests.api_fakes import (
     BOTH,

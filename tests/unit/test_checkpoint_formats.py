@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from model.config import GenerationDefaults, MixtralConfig
+from model.config import MixtralConfig
 from model.decoder import Decoder
 from model.errors import CheckpointError, ConfigError
+from model.generation_defaults import GenerationDefaults
 from model.layouts import Layout
 from model.progress import Progress
 from model.tensor_files import SafetensorsFile
