@@ -57,10 +57,6 @@ class GrammarMasks:
                 masks[wanted[sequence]] = begun.masks_SW[row].numpy()
         return masks, reasons
 
-    def close(self) -> None:
-        """End the thread."""
-        self._executor.shutdown()
-
     def _begin(self, sequences: Many[Sequence]) -> _Begun | None:
         having = [sequence for sequence in sequences if sequence.matcher]
         if not having:
