@@ -115,6 +115,12 @@ class BlockPool:
             self._block_of[key] = block
             self._keys_of.setdefault(block, []).append(key)
 
+    def forget(self, blocks: Iterable[int]) -> None:
+        """Let these owned blocks be found no more: what they hold is not what was said."""
+        for block in blocks:
+            for key in self._keys_of.pop(block, ()):
+                del self._block_of[key]
+
     def find(self, key: Key) -> int | None:
         """The block with this content, owned or cached."""
         return self._block_of.get(key)

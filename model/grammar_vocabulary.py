@@ -32,11 +32,13 @@ class _ByteTokens:
 
     tokens: list[bytes]
     eos_token_id: int
+    id_of_byte: list[int]
     bos_token_id: int | None = None
     special_token_ids: tuple[int, ...] = ()
 
-    def __call__(self, text: Any) -> list[int]:
-        raise NotImplementedError("grammars with no_forcing never tokenise")
+    def __call__(self, text: bytes) -> list[int]:
+        """Text byte by byte, which every vocabulary can spell. With no_forcing nobody asks."""
+        return [self.id_of_byte[value] for value in text]
 
 
 class GrammarVocabulary:
@@ -96,7 +98,9 @@ class GrammarVocabulary:
         except ImportError as error:
             raise GrammarError(f"structured output needs the package llguidance: {error}") from None
         ends = sorted(self.end_ids)
-        return LLTokenizer(TokenizerWrapper(_ByteTokens(pieces, ends[0])), eos_token=ends)
+        return LLTokenizer(
+            TokenizerWrapper(_ByteTokens(pieces, ends[0], self._id_of_byte)), eos_token=ends
+        )
 
     @cached_property
     def _limits(self) -> "LLParserLimits":

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from cluster import wire
+from cluster.bench.profile import StepRecorder
 from cluster.errors import ExpertsUnavailableError
 from cluster.head.engine import Engine, Event
 from cluster.head.masks import GrammarMasks
 from cluster.head.scheduler import Scheduler
 from cluster.head.stopwatch import Stopwatch
-from cluster.metrics import HeadMetrics, StepStats
 from cluster.placement import Placement, WorkerInfo, held_by
 from cluster.rpc import Identity
 from model import Mixtral
@@ -73,18 +73,6 @@ class MemoryOutbox:
                 lambda: all(self.has_ended(key) for key in keys), DEADLINE_S
             )
         assert ended, f"requests {keys} have not all ended: {self.events}"
-
-
-class StepLog(HeadMetrics):
-    """Metrics that remember every step."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.steps: list[StepStats] = []
-
-    def observe(self, stats: StepStats) -> None:
-        super().observe(stats)
-        self.steps.append(stats)
 
 
 class FailingExperts:
@@ -147,7 +135,7 @@ class Head:
         grammars: GrammarCompiler | None = None,
     ) -> None:
         self.pool = BlockPool(num_blocks=num_blocks, block_size=block_size)
-        self.metrics = StepLog()
+        self.metrics = StepRecorder()
         cache = KVCache(
             mixtral.config,
             num_blocks=num_blocks,

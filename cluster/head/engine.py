@@ -206,6 +206,8 @@ class Engine:
 
     def _step(self) -> None:
         started = time.perf_counter()
+        if self._stopwatch:
+            self._stopwatch.take()  # what came before, a step that failed included
         step = self._scheduler.schedule()
         chunks = step.chunks
         try:
@@ -271,8 +273,11 @@ class Engine:
     def _without(self, broken: list[Chunk], chunks: list[Chunk], logits_LV: Tensor) -> Tensor:
         """Fail the sequences whose logits are not numbers, so that they cost no batch mate.
 
-        Returns the logits of the others.
+        Nor anybody later: the values may have been wrong for some steps, in blocks that others can
+        find. Returns the logits of the others.
         """
+        for chunk in broken:
+            self._scheduler.forget_content(chunk.sequence)
         self._fail([chunk.sequence for chunk in broken], "the model's logits are not finite")
         is_kept = [chunk not in broken for chunk in chunks for _ in range(chunk.num_logits)]
         return logits_LV[torch.tensor(is_kept, device=logits_LV.device)]

@@ -85,9 +85,11 @@ class PrefixCache:
         """Expect what a sequence that starts now is going to compute of its known tokens."""
         for key in self._keys(sequence)[sequence.num_published :]:
             self._expected.setdefault(key, sequence)
-        if not sequence.has_published_prompt and not self._is_full(len(sequence.prompt_ids)):
-            tail = self._tail_key(sequence, len(sequence.prompt_ids))
-            self._expected.setdefault(tail, sequence)
+        num_prompt = len(sequence.prompt_ids)
+        # one that begins anew may find more than its prompt, whose tail is then of no interest
+        sequence.has_published_prompt = sequence.num_computed >= num_prompt
+        if not sequence.has_published_prompt and not self._is_full(num_prompt):
+            self._expected.setdefault(self._tail_key(sequence, num_prompt), sequence)
 
     def publish(self, sequence: Sequence) -> None:
         """Let others find what a sequence has computed since it was last published."""
@@ -101,9 +103,9 @@ class PrefixCache:
         num_prompt = len(sequence.prompt_ids)
         if not sequence.has_published_prompt and sequence.num_computed >= num_prompt:
             sequence.has_published_prompt = True
-            index = num_prompt // size - table.first
-            if not self._is_full(num_prompt) and index >= 0:
-                self._publish(self._tail_key(sequence, num_prompt), table.blocks[index])
+            if not self._is_full(num_prompt):
+                block = table.blocks[num_prompt // size - table.first]
+                self._publish(self._tail_key(sequence, num_prompt), block)
 
     def end(self, sequence: Sequence) -> None:
         """Expect nothing more of a sequence that ends or starts anew."""

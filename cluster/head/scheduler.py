@@ -138,6 +138,10 @@ class Scheduler:
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
 
+    def forget_content(self, sequence: Sequence) -> None:
+        """Let nobody reuse what a running sequence has computed, or shares: it proved wrong."""
+        self.pool.forget(sequence.table.blocks)
+
     def check(self) -> None:
         """Raise AssertionError if a block is lost or doubled, or is owned by nobody who runs."""
         self.pool.check([sequence.table.blocks for sequence in self.running])
@@ -251,7 +255,6 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self._end(sequence)
         sequence.num_computed = 0
-        sequence.has_published_prompt = False
         self.waiting.put_back(sequence)
 
     def _end(self, sequence: Sequence) -> None:

@@ -59,6 +59,7 @@ class WaitingQueue:
 
     def put_back(self, sequence: Sequence) -> None:
         """Queue a sequence again whose turn came too early: it keeps its rank."""
+        self._served.setdefault(sequence.client, self._floor)  # it may have been pruned
         self._sequences.add(sequence)
         insort(self._waiting.setdefault(sequence.client, []), sequence, key=_rank)
 
@@ -80,7 +81,7 @@ class WaitingQueue:
 
     def charge(self, sequence: Sequence, num_tokens: int) -> None:
         """Count tokens that a client is served."""
-        self._served[sequence.client] = self._served.get(sequence.client, 0) + num_tokens
+        self._served[sequence.client] = self._served.get(sequence.client, self._floor) + num_tokens
         self._total += num_tokens
 
     def in_turn(self) -> Iterator[Sequence]:

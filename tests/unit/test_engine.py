@@ -362,6 +362,21 @@ def test_values_that_are_not_numbers_do_not_spread_over_the_cache(
 # --- the end ---
 
 
+def test_values_that_are_not_numbers_are_not_handed_to_the_next_request(mixtral: Mixtral) -> None:
+    """They arise in the prompt's first chunk, whose blocks others could find."""
+    prompt = list(range(10, 40))
+    experts = PoisonedExperts(mixtral.experts, fail_at=[1])
+    head, outbox = Head(mixtral, experts=experts, max_tokens_per_step=8), MemoryOutbox()
+    with head.running() as engine:
+        engine.submit(outbox, 0, Sequence(prompt, greedy(5)))
+        outbox.wait_for_end(0)
+        engine.submit(outbox, 1, Sequence(prompt, greedy(5)))
+        outbox.wait_for_end(1)
+    assert outbox.of(0)[-1].error is not None
+    assert outbox.ids(1) == mixtral.generate_ids([prompt], [greedy(5)])[0]
+    head.assert_all_free()
+
+
 def test_stop_ends_every_open_request_with_one_error(
     mixtral: Mixtral, prompts: list[list[int]]
 ) -> None:

@@ -144,3 +144,18 @@ def test_a_chain_of_keys_names_all_that_came_before(blocks: list[list[int]]) -> 
         assert other[: index + 1] == keys[: index + 1]
         assert not set(other[index + 1 :]) & set(keys)
     assert all(one != other for one, other in pairwise(keys))
+
+
+def test_a_replay_that_finds_more_than_its_prompt_expects_nothing_of_it() -> None:
+    """Behind a window the prompt's blocks are gone by then; others would wait for them in vain."""
+    scheduler = scheduler_of(window=6)
+    prompt = list(range(6))
+    first = sequence_of(*prompt, max_tokens=30)
+    run(scheduler, first)
+    replay = Sequence(prompt, SamplingParams(max_tokens=40), first.token_ids[6:])
+    run(scheduler, replay)
+    assert replay.num_reused is not None
+    assert replay.num_reused > len(prompt) + 6
+    third = sequence_of(*prompt, max_tokens=2)
+    run(scheduler, third)
+    assert third.finish == "length"

@@ -150,3 +150,22 @@ def test_clients_that_came_once_are_forgotten() -> None:
         queue.add(asked_by(f"client {number}"))
         serve_next(queue)
     assert len(queue._served) <= 1_024
+
+
+@pytest.mark.parametrize("num_tokens", [0, 200])
+def test_a_client_that_was_forgotten_while_it_ran_comes_back_at_the_floor(num_tokens: int) -> None:
+    queue = WaitingQueue()
+    running = asked_by("running")
+    queue.add(running)
+    serve_next(queue)
+    for number in range(1_100):  # until clients are forgotten
+        queue.add(asked_by(f"client {number}", num_tokens=50))
+        serve_next(queue)
+    waiting = asked_by("waiting")
+    queue.add(waiting)
+    if num_tokens:
+        queue.charge(running, num_tokens)
+    queue.put_back(running)
+    queue._oldest_from = 10**9  # by share alone
+    expected = [waiting, running] if num_tokens else [running, waiting]
+    assert [serve_next(queue), serve_next(queue)] == expected

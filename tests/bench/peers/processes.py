@@ -20,6 +20,7 @@ SAMPLE_S = 5.0
 STOP_TIMEOUT_S = 60.0
 """For a server that was asked to end, before it is made to."""
 
+_POLL_S = 0.5
 IDLE_PERCENT = 10.0
 """CPU time of others, of all cores, that does not yet disturb."""
 
@@ -115,9 +116,7 @@ def watched(command: Command, log: Path) -> Iterator[Watched]:
             watch.stop()
 
 
-def wait_until(
-    is_true: Callable[[], bool], watch: Watched, what: str, limit_s: float, poll_s: float = 0.5
-) -> None:
+def wait_until(is_true: Callable[[], bool], watch: Watched, what: str, limit_s: float) -> None:
     """Wait for what a process is to do. Raises PeerError when it ends first, or never does."""
     deadline = time.monotonic() + limit_s
     while not is_true():
@@ -125,7 +124,7 @@ def wait_until(
             raise PeerError(f"ended before {what}: {watch.tail()}")
         if time.monotonic() > deadline:
             raise PeerError(f"no {what} after {limit_s:.0f} s: {watch.tail(500)}")
-        time.sleep(poll_s)
+        time.sleep(_POLL_S)  # another program, which cannot tell us
 
 
 def wait_until_idle(patience_s: float) -> float:
