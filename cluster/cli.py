@@ -134,6 +134,13 @@ def serve(
     heads: Annotated[int, typer.Option(min=1, help="Head replicas.")] = 1,
     host: Annotated[str, typer.Option(help="Address to listen on for HTTP.")] = "127.0.0.1",
     port: Port = 8000,
+    api_keys_file: Annotated[
+        Path | None,
+        typer.Option(help="Keys that callers must show, one a line; or set MAESTRALE_API_KEYS."),
+    ] = None,
+    allow_open_http: Annotated[
+        bool, typer.Option("--allow-open-http", help="Serve a network without keys.")
+    ] = False,
     dtype: DType = None,
     address: Annotated[
         str | None, typer.Option(help="Ray cluster to run on; a Ray of its own if left out.")
@@ -153,6 +160,8 @@ def serve(
         dtype=dtype,
         expert_quantization=experts,
         attention_quantization=attention_weights,
+        api_keys_file=api_keys_file,
+        allow_open_http=allow_open_http,
     )
     with (
         _stopped_by_signals(),

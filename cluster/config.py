@@ -21,6 +21,13 @@ GIB = 2**30
 Quantization = Literal["nf4", "nf4-double", "int8", "int4"]
 
 
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address. Raises ValueError if it is no IP address."""
+    address = ip_address(host)
+    mapped = getattr(address, "ipv4_mapped", None)
+    return bool((mapped or address).is_loopback)
+
+
 @dataclass(frozen=True)
 class Network:
     """Where heads and workers listen, and how they know their peers: see ServeConfig's fields."""
@@ -103,6 +110,16 @@ class ServeConfig(BaseModel):
     max_body_bytes: int = Field(default=4 * MIB, ge=1)
     """Size of a request body, at most."""
 
+    api_keys_file: Path | None = None
+    """File of keys, one a line, `#` begins a comment; callers of the HTTP API must show one, but
+    for /health and /ready. Further keys come from MAESTRALE_API_KEYS, with commas between. Read
+    when an ingress starts, which needs it at this path. None and no such variable: no key is
+    needed, and only callers on loopback are answered."""
+    allow_open_http: bool = False
+    """Without keys, answer anybody who can reach the HTTP port, knowingly."""
+    allowed_origins: tuple[str, ...] = ()
+    """Sites whose pages may call from a browser (CORS), such as https://example.org; `*`: all."""
+
     data_plane_host: str = "127.0.0.1"
     """Address that heads and workers listen on for gRPC. Other than loopback needs one of the next
     three."""
@@ -128,15 +145,14 @@ class ServeConfig(BaseModel):
     @model_validator(mode="after")
     def _check_network(self) -> Self:
         try:
-            is_loopback = ip_address(self.data_plane_host).is_loopback
+            is_safe = is_loopback(self.data_plane_host)
         except ValueError as error:
             raise ValueError(
                 f"data_plane_host {self.data_plane_host!r} is no IP address"
             ) from error
         if self.tls_folder and self.cluster_token:
             raise ValueError("tls_folder and cluster_token exclude each other: TLS does it all")
-        is_safe = is_loopback or self.tls_folder or self.cluster_token
-        if not is_safe and not self.allow_plaintext_network:
+        if not (is_safe or self.tls_folder or self.cluster_token or self.allow_plaintext_network):
             raise ValueError(
                 f"data_plane_host {self.data_plane_host} is not loopback: tokens and activations "
                 "would cross the network in the clear, and anybody could connect. Set tls_folder "

@@ -14,6 +14,7 @@ from cluster import rpc
 from cluster.config import ServeConfig
 from cluster.follow import follow
 from cluster.ingress.api import create_app
+from cluster.ingress.auth import Access, read_api_keys
 from cluster.ingress.heads import HeadPool
 from cluster.ingress.journal import Journal
 from cluster.ingress.prepare import ApiSettings
@@ -67,6 +68,11 @@ class Ingress:
                 max_body_bytes=config.max_body_bytes,
             ),
             metrics,
+            Access.with_keys(
+                read_api_keys(config.api_keys_file, os.environ),
+                allow_open=config.allow_open_http,
+                allowed_origins=config.allowed_origins,
+            ),
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
