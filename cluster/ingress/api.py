@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 
 from cluster.errors import RequestError
 from cluster.ingress import errors, sse
+from cluster.ingress.auth import ANYBODY, Access
 from cluster.ingress.classify import classification, classify_all
 from cluster.ingress.clients import client_key
 from cluster.ingress.disconnect import unless_disconnected
@@ -82,8 +83,9 @@ def create_app(
     chat: ChatFormat,
     settings: ApiSettings,
     metrics: IngressMetrics,
+    access: Access = ANYBODY,
 ) -> FastAPI:
-    """The whole HTTP side as one ASGI app."""
+    """The whole HTTP side as one ASGI app. access: who may use it."""
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -94,6 +96,7 @@ def create_app(
     app.include_router(_Api(engine, tokenizer, chat, settings, metrics).router())
     errors.install(app)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    app.add_middleware(access.protect)
     app.add_middleware(RequestLog, metrics=metrics)
     return app
 
