@@ -109,6 +109,9 @@ class ServeConfig(BaseModel):
     """Requests in progress over all ingresses; beyond it a caller gets 429 with Retry-After."""
     max_body_bytes: int = Field(default=4 * MIB, ge=1)
     """Size of a request body, at most."""
+    sse_keep_alive_s: float = Field(default=15.0, gt=0)
+    """Seconds without an event after which a stream carries a comment, so that proxies do not take
+    it for dead. Below the shortest of their usual patience (HAProxy, 50 s) by a good margin."""
 
     api_keys_file: Path | None = None
     """File of keys, one a line, `#` begins a comment; callers of the HTTP API must show one, but
