@@ -142,6 +142,13 @@ class ServeConfig(BaseModel):
     Above the slowest honest answer: a full step on a slow CPU."""
     recovery_timeout_s: float = Field(default=60.0, gt=0)
     """How long rows of a lost worker wait for the controller to start another, seconds."""
+    head_timeout_s: float = Field(default=5.0, ge=2)
+    """How long a head may be silent before an ingress takes it for lost and lets another go on with
+    its requests, seconds. A head that lives says something twice a second. A broken connection is
+    noticed at once, whatever this says."""
+    head_wait_s: float = Field(default=60.0, gt=0)
+    """How long a request waits for a head when there is none, seconds. Above the time that Serve
+    takes to start a head anew."""
     lease_s: float = Field(default=15.0, ge=1)
     """Workers end by themselves when the controller has not renewed their lease for so long."""
 
