@@ -1,7 +1,7 @@
 """What the command line shows to people: progress, tables, a story. Decides nothing."""
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from rich.console import Console
 from rich.table import Table
@@ -20,7 +20,7 @@ errors = Console(highlight=False, soft_wrap=True, stderr=True)
 STORY_PROMPT = "Once upon a time"
 # A story that ends well. In float32 it is the same on every machine.
 STORY_SAMPLING: dict[str, Any] = {"temperature": 0.5, "top_p": 0.95, "seed": 8}
-STORY_DTYPE = "float32"
+STORY_DTYPE: Final = "float32"
 
 
 class BytesLine:

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import ray
 import torch
+from ray.util import get_node_ip_address
 
 from cluster import rpc
+from cluster.config import listen_host
 from cluster.expert.batcher import Batcher
 from cluster.expert.service import ExpertService
 from cluster.metrics import WorkerMetrics
@@ -93,7 +95,9 @@ class ExpertWorker:
             self._identity,
             metrics,
         )
-        self._server, self._address = rpc.new_server(settings.host)
+        self._server, self._address = rpc.new_server(
+            listen_host(settings.host, get_node_ip_address())
+        )
         self._server.add_generic_rpc_handlers((service.handler(),))
         self._server.start()
         self._owner = ""
