@@ -2,7 +2,7 @@
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from rich.console import Console
 from rich.table import Table
@@ -21,7 +21,7 @@ errors = Console(highlight=False, soft_wrap=True, stderr=True)
 STORY_PROMPT = "Once upon a time"
 # A story that ends well. In float32 it is the same on every machine.
 STORY_SAMPLING: dict[str, Any] = {"temperature": 0.5, "top_p": 0.95, "seed": 8}
-STORY_DTYPE = "float32"
+STORY_DTYPE: Final = "float32"
 
 
 class BytesLine:

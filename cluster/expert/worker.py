@@ -13,9 +13,10 @@ from pathlib import Path
 
 import ray
 import torch
+from ray.util import get_node_ip_address
 
 from cluster import rpc
-from cluster.config import Network
+from cluster.config import Network, listen_host
 from cluster.expert.batcher import Batcher
 from cluster.expert.service import ExpertService
 from cluster.metrics import WorkerMetrics
@@ -97,7 +98,9 @@ class ExpertWorker:
             metrics,
         )
         self._server, self._address = rpc.new_server(
-            settings.network.host, security, metrics.observe_refusal
+            listen_host(settings.network.host, get_node_ip_address()),
+            security,
+            metrics.observe_refusal,
         )
         self._server.add_generic_rpc_handlers((service.handler(),))
         self._server.start()

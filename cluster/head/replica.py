@@ -14,9 +14,10 @@ from typing import Any
 import grpc
 import torch
 from ray import serve
+from ray.util import get_node_ip_address
 
 from cluster import rpc
-from cluster.config import ServeConfig
+from cluster.config import ServeConfig, listen_host
 from cluster.follow import HeadReport, follow
 from cluster.head.build import new_compiler, new_engine
 from cluster.head.dispatch import PlacementFeed, RemoteExperts
@@ -143,7 +144,9 @@ class HeadReplica:
             self._engine = new_engine(config, decoder, experts, metrics, grammars, stopwatch)
             self._service = HeadService(self._engine, identity, metrics, grammars)
             self._server, address = rpc.new_server(
-                config.data_plane_host, security, metrics.observe_refusal
+                listen_host(config.data_plane_host, get_node_ip_address()),
+                security,
+                metrics.observe_refusal,
             )
             head_pb2_grpc.add_HeadServicer_to_server(self._service, self._server)
             self._server.start()
