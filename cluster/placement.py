@@ -7,9 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cluster.errors import PlacementError
+from model.units import Unit
 
-Table = tuple[tuple[tuple[int, ...], ...], ...]
-"""Of each layer, of each expert: the workers that hold a copy, by index."""
+Copy = tuple[int, ...]
+"""The workers, by index, that hold slice 0, 1, ... of an expert; a single one holds it whole."""
+
+Table = tuple[tuple[tuple[Copy, ...], ...], ...]
+"""Of each layer, of each expert: its copies."""
 
 
 @dataclass(frozen=True)
@@ -36,21 +40,24 @@ class Placement:
 
     def holder(self, layer: int, expert_id: int) -> int:
         """Index of the worker to ask."""
-        return self.table[layer][expert_id][0]
+        (worker,) = self.table[layer][expert_id][0]
+        return worker
 
     def num_experts_of(self, worker: int) -> int:
-        """How many (layer, expert) units a worker holds."""
+        """How many units a worker holds."""
         return len(held_by(self.table, worker))
 
 
-def held_by(table: Table, worker: int) -> list[tuple[int, int]]:
-    """The (layer, expert) units that a worker holds."""
-    return [
-        (layer, expert_id)
+def held_by(table: Table, worker: int) -> list[Unit]:
+    """The units that a worker holds, in ascending order."""
+    return sorted(
+        Unit(layer, expert_id, slice_number, len(copy))
         for layer, experts in enumerate(table)
-        for expert_id, holders in enumerate(experts)
-        if worker in holders
-    ]
+        for expert_id, copies in enumerate(experts)
+        for copy in copies
+        for slice_number, holder in enumerate(copy)
+        if holder == worker
+    )
 
 
 def plan(
@@ -90,7 +97,7 @@ def plan(
             chosen = min(open_workers, key=lambda worker: (in_layer[worker], used[worker], worker))
             in_layer[chosen] += 1
             used[chosen] += expert_bytes[chosen]
-            row.append((chosen,))
+            row.append(((chosen,),))
         table.append(tuple(row))
     return tuple(table)
 

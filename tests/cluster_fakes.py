@@ -217,7 +217,8 @@ class Workers:
         """Start the workers of a placement that do not run yet, and load what it gives each."""
         for index, info in enumerate(placement.workers):
             worker = self._workers.setdefault(info, Worker(info, self._mixtral))
-            worker.held |= {unit: self._weights[unit] for unit in held_by(placement.table, index)}
+            keys = [(unit.layer, unit.expert_id) for unit in held_by(placement.table, index)]
+            worker.held |= {key: self._weights[key] for key in keys}
 
     def stream(self, info: WorkerInfo, identity: Identity, *, timeout_s: float) -> "MemoryStream":
         self.num_connects += 1

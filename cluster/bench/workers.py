@@ -21,6 +21,7 @@ from cluster.metrics import WorkerMetrics
 from cluster.placement import Placement, Table, WorkerInfo, held_by
 from model.config import MixtralConfig
 from model.phases import Phases
+from model.units import Unit
 from model.weights import Checkpoint, torch_dtype
 
 STOP_TIMEOUT_S = 5.0
@@ -43,7 +44,7 @@ class FromCheckpoint:
     def __init__(
         self,
         folder: Path,
-        units: Sequence[tuple[int, int]],
+        units: Sequence[Unit],
         *,
         dtype: str | None,
         quantization: str | None,
@@ -57,7 +58,7 @@ class FromCheckpoint:
         checkpoint = Checkpoint(
             self._folder, dtype=torch_dtype(self._dtype), expert_quantization=self._quantization
         )
-        experts = checkpoint.load_experts(self._units)
+        experts = checkpoint.load_experts((u.layer, u.expert_id) for u in self._units)
         return Holding(checkpoint.config, checkpoint.dtype, experts)
 
 

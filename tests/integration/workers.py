@@ -5,7 +5,7 @@ from cluster.expert.batcher import Batcher
 from cluster.expert.service import ExpertService
 from cluster.head.dispatch import PlacementFeed, RemoteExperts
 from cluster.metrics import WorkerMetrics
-from cluster.placement import Placement, Table, WorkerInfo, held_by, plan
+from cluster.placement import Placement, Table, WorkerInfo, plan
 from model.weights import Checkpoint
 
 
@@ -28,7 +28,7 @@ class WorkerServer:
     placement says."""
 
     def __init__(self, name: str, checkpoint: Checkpoint) -> None:
-        held = checkpoint.load_experts(held_by(table_of(checkpoint, 1), 0))
+        held = checkpoint.load_experts(checkpoint.config.expert_units)
         self.metrics = WorkerMetrics()
         self.identity = rpc.Identity(
             name, rpc.fingerprint(checkpoint.config, dtype_name(checkpoint))

@@ -86,7 +86,7 @@ def triples(assignments: Assignments) -> list[tuple[int, int, float]]:
 def test_every_assignment_goes_to_the_one_worker_that_holds_its_expert(
     holders: list[int], num_rows: int, top_k: int, seed: int
 ) -> None:
-    placement = placement_of((tuple((worker,) for worker in holders),), 5)
+    placement = placement_of((tuple(((worker,),) for worker in holders),), 5)
     assignments = assign(routing_of(num_rows, seed=seed, top_k=top_k))
     split = _by_worker(assignments, 0, placement)
     workers = [worker for worker, _ in split]
@@ -109,7 +109,7 @@ def test_every_assignment_goes_to_the_one_worker_that_holds_its_expert(
 def test_the_workers_sums_add_up_to_what_one_process_computes(
     mixtral: Mixtral, weights: Weights, holders: list[int], num_rows: int, seed: int
 ) -> None:
-    placement = placement_of((tuple((worker,) for worker in holders),), 4)
+    placement = placement_of((tuple(((worker,),) for worker in holders),), 4)
     x_TD = random_rows(num_rows, mixtral.config.hidden_size, seed=seed)
     routing = routing_of(num_rows, seed=seed)
     experts = {expert_id: weights[0, expert_id] for expert_id in range(NUM_EXPERTS)}
@@ -252,7 +252,7 @@ def test_rows_of_a_lost_worker_follow_their_experts_to_a_new_placement(
     survivor, lost = old.workers
     fresh = WorkerInfo("worker-2", "127.0.0.1:9", 7, 0)
     table = tuple(
-        tuple((0,) if holders == (0,) or e == 1 else (1,) for e, holders in enumerate(layer))
+        tuple(((0,),) if copies == ((0,),) or e == 1 else ((1,),) for e, copies in enumerate(layer))
         for layer in old.table
     )
     new = Placement(2, (survivor, fresh), table)
