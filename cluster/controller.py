@@ -26,8 +26,8 @@ from cluster.placement import (
     Table,
     WorkerInfo,
     held_by,
-    plan,
 )
+from cluster.planning import plan
 from model.errors import ModelError
 from model.units import Unit
 

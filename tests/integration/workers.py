@@ -5,7 +5,8 @@ from cluster.expert.batcher import Batcher
 from cluster.expert.service import ExpertService
 from cluster.head.dispatch import PlacementFeed, RemoteExperts
 from cluster.metrics import WorkerMetrics
-from cluster.placement import Placement, Table, WorkerInfo, plan
+from cluster.placement import Placement, Table, WorkerInfo
+from cluster.planning import plan
 from model.weights import Checkpoint
 
 

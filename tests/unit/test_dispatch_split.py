@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from cluster.errors import ExpertsUnavailableError
 from cluster.head import dispatch
 from cluster.head.dispatch import PlacementFeed, RemoteExperts, _by_worker
-from cluster.placement import Placement, Table, WorkerInfo, plan
+from cluster.placement import Placement, Table, WorkerInfo
+from cluster.planning import plan
 from cluster.rpc import Identity
 from model import Mixtral
 from model.experts import Assignments, assign, weighted_sums
