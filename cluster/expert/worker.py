@@ -15,7 +15,6 @@ import ray
 import torch
 
 from cluster import rpc
-from cluster.errors import PlacementError
 from cluster.expert.batcher import Batcher
 from cluster.expert.service import ExpertService
 from cluster.metrics import WorkerMetrics
@@ -77,7 +76,7 @@ class ExpertWorker:
             expert_quantization=settings.expert_quantization,
         )
         self._checkpoint = checkpoint
-        self._held: dict[tuple[int, int], ExpertWeights] = {}
+        self._held: dict[Unit, ExpertWeights] = {}
         self._loaded_bytes = 0
         self._num_wanted = 0
         self._error: str | None = None
@@ -111,7 +110,7 @@ class ExpertWorker:
         """Start loading these units; those already held stay. Returns at once."""
         if self._loader is not None and self._loader.is_alive():
             return
-        missing = [unit for unit in units if unit[:2] not in self._held]
+        missing = [unit for unit in units if unit not in self._held]
         self._num_wanted = len(units)
         self._error = None
         self._loader = threading.Thread(
@@ -147,11 +146,9 @@ class ExpertWorker:
     def _load(self, units: Sequence[Unit]) -> None:
         started = time.perf_counter()
         try:
-            for layer, expert_id, _, num_slices in units:
-                if num_slices > 1:
-                    raise PlacementError("workers cannot hold slices of experts yet")
-                weights = self._checkpoint.load_expert(layer, expert_id)
-                self._held[layer, expert_id] = weights
+            for unit in units:
+                weights = self._checkpoint.load_unit(unit)
+                self._held[unit] = weights
                 self._loaded_bytes += weights.num_bytes
         except Exception as error:
             # The loader's last word: the controller reads it from the next report.
