@@ -4,7 +4,7 @@ Pure: no network, no clock, no torch. Same input, same plan: a restarted control
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cluster.errors import PlacementError
 from model.units import Unit
@@ -13,7 +13,8 @@ Copy = tuple[int, ...]
 """The workers, by index, that hold slice 0, 1, ... of an expert; a single one holds it whole."""
 
 Table = tuple[tuple[tuple[Copy, ...], ...], ...]
-"""Of each layer, of each expert: its copies."""
+"""Of each layer, of each expert: its copies. None of them: nobody holds it now, the controller has
+it loaded, and rows for it wait for the next placement."""
 
 
 @dataclass(frozen=True)
@@ -21,13 +22,13 @@ class WorkerInfo:
     """A running expert worker.
 
     incarnation: random number drawn at its start, so that a restarted one is not taken for it.
-    num_bytes:   of the experts it holds.
+    num_bytes:   of the experts it holds. Not compared: it is the same worker when it holds more.
     """
 
     name: str
     address: str
     incarnation: int
-    num_bytes: int
+    num_bytes: int = field(compare=False)
 
 
 @dataclass(frozen=True)
