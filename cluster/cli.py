@@ -20,6 +20,7 @@ from cluster.console import (
     ProgressLines,
     console,
     errors,
+    print_certificates,
     print_inspection,
     print_placement,
     print_rows,
@@ -213,6 +214,17 @@ def quantize(
         BytesLine(f"writing {target}", total).add,
         attention_mode=attention_weights,
     )
+
+
+@app.command()
+def certs(
+    out: Annotated[Path, typer.Option(help="Folder to fill; what is there stays.")],
+) -> None:
+    """Make a certificate authority and an identity for each role, for mutual TLS."""
+    need_server_extra()
+    from cluster.certs import write_certificates
+
+    print_certificates(out, write_certificates(out))
 
 
 @app.command()

@@ -4,6 +4,7 @@ Serve configuration files give them under `args`, the command line through flags
 refused. Nothing below reads the environment.
 """
 
+from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Literal, Self
@@ -18,6 +19,16 @@ MIB = 2**20
 GIB = 2**30
 
 Quantization = Literal["nf4", "nf4-double", "int8", "int4"]
+
+
+@dataclass(frozen=True)
+class Network:
+    """Where heads and workers listen, and how they know their peers: see ServeConfig's fields."""
+
+    host: str = "127.0.0.1"
+    tls_folder: Path | None = None
+    cluster_token: Path | Literal["environment"] | None = None
+    allow_plaintext: bool = False
 
 
 class ServeConfig(BaseModel):
@@ -93,10 +104,18 @@ class ServeConfig(BaseModel):
     """Size of a request body, at most."""
 
     data_plane_host: str = "127.0.0.1"
-    """Address that heads and workers listen on for gRPC. Other than loopback needs
-    allow_plaintext_network: the data plane is not encrypted yet."""
+    """Address that heads and workers listen on for gRPC. Other than loopback needs one of the next
+    three."""
+    tls_folder: Path | None = None
+    """Folder made by `maestrale certs`, for mutual TLS between ingresses, heads and workers. Each
+    node needs ca.pem in it, and certificate and key of the roles that run there."""
+    cluster_token: Path | Literal["environment"] | None = None
+    """File with a secret that ingresses, heads and workers show each other, at the same path on
+    every node; or `environment`, which takes MAESTRALE_CLUSTER_TOKEN of each process. Without TLS:
+    it keeps strangers out, but crosses the network in the clear like all else."""
     allow_plaintext_network: bool = False
-    """Let tokens and activations cross a network in the clear, knowingly."""
+    """Let tokens and activations cross a network in the clear, and anybody on it connect,
+    knowingly."""
 
     expert_timeout_s: float = Field(default=30.0, gt=0)
     """How long a head waits for a worker's answer before it takes the worker for lost, seconds.
@@ -114,11 +133,15 @@ class ServeConfig(BaseModel):
             raise ValueError(
                 f"data_plane_host {self.data_plane_host!r} is no IP address"
             ) from error
-        if not is_loopback and not self.allow_plaintext_network:
+        if self.tls_folder and self.cluster_token:
+            raise ValueError("tls_folder and cluster_token exclude each other: TLS does it all")
+        is_safe = is_loopback or self.tls_folder or self.cluster_token
+        if not is_safe and not self.allow_plaintext_network:
             raise ValueError(
                 f"data_plane_host {self.data_plane_host} is not loopback: tokens and activations "
-                "would cross the network in the clear. Set allow_plaintext_network: true if that "
-                "network is yours alone"
+                "would cross the network in the clear, and anybody could connect. Set tls_folder "
+                "(`maestrale certs` fills one), or cluster_token, or allow_plaintext_network: true "
+                "if that network is yours alone"
             )
         return self
 
@@ -153,6 +176,13 @@ class ServeConfig(BaseModel):
         if isinstance(self.expert_quantization, tuple):
             return self.expert_quantization
         return (self.expert_quantization,) * self.num_workers
+
+    @property
+    def network(self) -> Network:
+        """What a process needs to know of the data plane."""
+        return Network(
+            self.data_plane_host, self.tls_folder, self.cluster_token, self.allow_plaintext_network
+        )
 
     @property
     def lease_renewal_s(self) -> float:

@@ -14,3 +14,14 @@ class Unit(NamedTuple):
     expert_id: int
     slice_number: int = 0
     num_slices: int = 1
+
+    def __repr__(self) -> str:
+        """For instance "expert 3 of layer 0", or "slice 1 of 2 of expert 3 of layer 0"."""
+        part = f"slice {self.slice_number} of {self.num_slices} of " if self.num_slices > 1 else ""
+        return f"{part}expert {self.expert_id} of layer {self.layer}"
+
+    def bounds(self, intermediate_size: int) -> tuple[int, int]:
+        """Where the unit's run of the intermediate dimension begins and ends."""
+        number, count = self.slice_number, self.num_slices
+        assert 0 <= number < count <= intermediate_size, self
+        return number * intermediate_size // count, (number + 1) * intermediate_size // count

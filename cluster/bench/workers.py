@@ -58,7 +58,7 @@ class FromCheckpoint:
         checkpoint = Checkpoint(
             self._folder, dtype=torch_dtype(self._dtype), expert_quantization=self._quantization
         )
-        experts = checkpoint.load_experts((u.layer, u.expert_id) for u in self._units)
+        experts = checkpoint.load_experts(self._units)
         return Holding(checkpoint.config, checkpoint.dtype, experts)
 
 

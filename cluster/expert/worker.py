@@ -15,10 +15,11 @@ import ray
 import torch
 
 from cluster import rpc
-from cluster.errors import PlacementError
+from cluster.config import Network
 from cluster.expert.batcher import Batcher
 from cluster.expert.service import ExpertService
 from cluster.metrics import WorkerMetrics
+from cluster.security import Security
 from model.experts import ExpertWeights
 from model.units import Unit
 from model.weights import Checkpoint, torch_dtype
@@ -38,7 +39,7 @@ class WorkerSettings:
     expert_quantization: str | None
     device: str
     num_threads: int
-    host: str
+    network: Network
     lease_s: float
 
 
@@ -68,6 +69,7 @@ class ExpertWorker:
     """
 
     def __init__(self, settings: WorkerSettings) -> None:
+        security = Security.load(settings.network, "worker", os.environ)
         torch.set_num_threads(settings.num_threads)
         self._settings = settings
         checkpoint = Checkpoint(
@@ -77,7 +79,7 @@ class ExpertWorker:
             expert_quantization=settings.expert_quantization,
         )
         self._checkpoint = checkpoint
-        self._held: dict[tuple[int, int], ExpertWeights] = {}
+        self._held: dict[Unit, ExpertWeights] = {}
         self._loaded_bytes = 0
         self._num_wanted = 0
         self._error: str | None = None
@@ -85,7 +87,7 @@ class ExpertWorker:
 
         metrics = WorkerMetrics()
         self._identity = rpc.Identity(
-            settings.name, rpc.fingerprint(checkpoint.config, settings.dtype)
+            settings.name, rpc.fingerprint(checkpoint.config, settings.dtype), security
         )
         service = ExpertService(
             Batcher(self._held, metrics),
@@ -95,7 +97,9 @@ class ExpertWorker:
             self._identity,
             metrics,
         )
-        self._server, self._address = rpc.new_server(settings.host)
+        self._server, self._address = rpc.new_server(
+            settings.network.host, security, metrics.observe_refusal
+        )
         self._server.add_generic_rpc_handlers((service.handler(),))
         self._server.start()
         self._owner = ""
@@ -111,7 +115,7 @@ class ExpertWorker:
         """Start loading these units; those already held stay. Returns at once."""
         if self._loader is not None and self._loader.is_alive():
             return
-        missing = [unit for unit in units if unit[:2] not in self._held]
+        missing = [unit for unit in units if unit not in self._held]
         self._num_wanted = len(units)
         self._error = None
         self._loader = threading.Thread(
@@ -147,11 +151,9 @@ class ExpertWorker:
     def _load(self, units: Sequence[Unit]) -> None:
         started = time.perf_counter()
         try:
-            for layer, expert_id, _, num_slices in units:
-                if num_slices > 1:
-                    raise PlacementError("workers cannot hold slices of experts yet")
-                weights = self._checkpoint.load_expert(layer, expert_id)
-                self._held[layer, expert_id] = weights
+            for unit in units:
+                weights = self._checkpoint.load_unit(unit)
+                self._held[unit] = weights
                 self._loaded_bytes += weights.num_bytes
         except Exception as error:
             # The loader's last word: the controller reads it from the next report.

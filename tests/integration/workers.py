@@ -7,6 +7,7 @@ from cluster.head.dispatch import PlacementFeed, RemoteExperts
 from cluster.metrics import WorkerMetrics
 from cluster.placement import Placement, Table, WorkerInfo
 from cluster.planning import plan
+from cluster.security import Security
 from model.weights import Checkpoint
 
 
@@ -28,11 +29,13 @@ class WorkerServer:
     """Holds every expert, so that it can stand in for any other; which are asked for, the
     placement says."""
 
-    def __init__(self, name: str, checkpoint: Checkpoint) -> None:
+    def __init__(
+        self, name: str, checkpoint: Checkpoint, security: Security = rpc.LOOPBACK_ONLY
+    ) -> None:
         held = checkpoint.load_experts(checkpoint.config.expert_units)
         self.metrics = WorkerMetrics()
         self.identity = rpc.Identity(
-            name, rpc.fingerprint(checkpoint.config, dtype_name(checkpoint))
+            name, rpc.fingerprint(checkpoint.config, dtype_name(checkpoint)), security
         )
         service = ExpertService(
             Batcher(held, self.metrics),
@@ -42,7 +45,9 @@ class WorkerServer:
             self.identity,
             self.metrics,
         )
-        self.server, self.address = rpc.new_server("127.0.0.1")
+        self.server, self.address = rpc.new_server(
+            "127.0.0.1", security, self.metrics.observe_refusal
+        )
         self.server.add_generic_rpc_handlers((service.handler(),))
         self.server.start()
 
@@ -66,6 +71,8 @@ def remote_experts(
     *,
     timeout_s: float = 20.0,
     recovery_timeout_s: float = 20.0,
+    security: Security = rpc.LOOPBACK_ONLY,
 ) -> RemoteExperts:
-    identity = rpc.Identity("head", rpc.fingerprint(checkpoint.config, dtype_name(checkpoint)))
+    fingerprint = rpc.fingerprint(checkpoint.config, dtype_name(checkpoint))
+    identity = rpc.Identity("head", fingerprint, security)
     return RemoteExperts(feed, identity, timeout_s=timeout_s, recovery_timeout_s=recovery_timeout_s)
