@@ -18,8 +18,13 @@ from cluster.errors import ConfigurationError
 
 PREFIX = "MAESTRALE_"
 
-_OF_THE_SDK = {"MAESTRALE_BASE_URL", "MAESTRALE_API_KEY"}
-"""Variables that are no settings of the service."""
+_NO_SETTINGS = {
+    "MAESTRALE_BASE_URL",
+    "MAESTRALE_API_KEY",
+    "MAESTRALE_API_KEYS",
+    "MAESTRALE_CLUSTER_TOKEN",
+}
+"""Variables of the SDK, and secrets, which no setting holds."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ def gather(*, file: Path | None, environ: Mapping[str, str], flags: Mapping[str,
         if variable in environ:
             take(name, parsed(environ[variable]), variable)
     for variable in environ:
-        if variable.startswith(PREFIX) and variable not in {*_variables().values(), *_OF_THE_SDK}:
+        if variable.startswith(PREFIX) and variable not in {*_variables().values(), *_NO_SETTINGS}:
             raise ConfigurationError(no_such_setting(variable, _variables().values()))
     for name, value in flags.items():
         take(name, value, "command line")
