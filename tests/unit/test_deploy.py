@@ -15,7 +15,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from cluster.config import ServeConfig
 from cluster.metrics import HeadMetrics, IngressMetrics, WorkerMetrics
-from cluster.placement import plan
+from cluster.planning import plan
 from model.config import MixtralConfig
 from model.inspect import inspect
 from model.quantized_copy import expert_bytes
