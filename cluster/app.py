@@ -22,9 +22,10 @@ from ray.serve.schema import ApplicationStatus
 from ray.util import list_named_actors
 
 from cluster.client import Client
-from cluster.config import ServeConfig
+from cluster.config import ServeConfig, is_loopback
 from cluster.controller import NAMESPACE, Controller
 from cluster.errors import APIError, ConfigurationError, StartError
+from cluster.ingress.auth import KEYS_VARIABLE, read_api_keys
 from model.config import MixtralConfig
 from model.tokenizer import Tokenizer
 
@@ -97,6 +98,21 @@ def check_checkpoint(config: ServeConfig) -> None:
         )
 
 
+def check_access(config: ServeConfig, host: str) -> list[str]:
+    """The API keys, or "" where none is needed.
+
+    Raises ConfigurationError unless there are some, or nobody but this machine can call, or it is
+    said that anybody may. `serve deploy` binds its own host: there the ingress refuses callers.
+    """
+    keys = read_api_keys(config.api_keys_file, os.environ)
+    if not (keys or config.allow_open_http or _is_local(host)):
+        raise ConfigurationError(
+            f"{host} is not loopback, so anybody on the network could use the model: give keys "
+            f"with --api-keys-file or {KEYS_VARIABLE}, or say --allow-open-http"
+        )
+    return keys or [""]
+
+
 @contextmanager
 def running(
     config: ServeConfig,
@@ -115,6 +131,7 @@ def running(
     Raises ConfigurationError or ModelError before anything is started, StartError after.
     """
     check_checkpoint(config)
+    keys = check_access(config, host)
     port = free_port(host) if port == 0 else port
     check_port(host, port)
     on_phase("starting Ray", 0)
@@ -131,7 +148,7 @@ def running(
                 wait_for_ingress_deployment_creation=False,
                 wait_for_applications_running=False,
             )
-            with Client(f"http://{_reachable(host)}:{port}") as client:
+            with Client(f"http://{_reachable(host)}:{port}", api_key=keys[0]) as client:
                 _wait_until_ready(client, on_phase)
                 yield client
         finally:
@@ -186,6 +203,14 @@ def free_port(host: str) -> int:
     with socket.create_server((host, 0)) as probe:
         port: int = probe.getsockname()[1]
         return port
+
+
+def _is_local(host: str) -> bool:
+    """Whether only this machine can reach a server that is bound to `host`, as far as it shows."""
+    try:
+        return is_loopback(host)
+    except ValueError:
+        return host == "localhost"
 
 
 def _reachable(host: str) -> str:

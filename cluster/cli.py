@@ -20,6 +20,7 @@ from cluster.console import (
     ProgressLines,
     console,
     errors,
+    print_certificates,
     print_inspection,
     print_placement,
     print_rows,
@@ -133,6 +134,13 @@ def serve(
     heads: Annotated[int, typer.Option(min=1, help="Head replicas.")] = 1,
     host: Annotated[str, typer.Option(help="Address to listen on for HTTP.")] = "127.0.0.1",
     port: Port = 8000,
+    api_keys_file: Annotated[
+        Path | None,
+        typer.Option(help="Keys that callers must show, one a line; or set MAESTRALE_API_KEYS."),
+    ] = None,
+    allow_open_http: Annotated[
+        bool, typer.Option("--allow-open-http", help="Serve a network without keys.")
+    ] = False,
     dtype: DType = None,
     address: Annotated[
         str | None, typer.Option(help="Ray cluster to run on; a Ray of its own if left out.")
@@ -152,6 +160,8 @@ def serve(
         dtype=dtype,
         expert_quantization=experts,
         attention_quantization=attention_weights,
+        api_keys_file=api_keys_file,
+        allow_open_http=allow_open_http,
     )
     with (
         _stopped_by_signals(),
@@ -213,6 +223,17 @@ def quantize(
         BytesLine(f"writing {target}", total).add,
         attention_mode=attention_weights,
     )
+
+
+@app.command()
+def certs(
+    out: Annotated[Path, typer.Option(help="Folder to fill; what is there stays.")],
+) -> None:
+    """Make a certificate authority and an identity for each role, for mutual TLS."""
+    need_server_extra()
+    from cluster.certs import write_certificates
+
+    print_certificates(out, write_certificates(out))
 
 
 @app.command()

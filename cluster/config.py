@@ -4,6 +4,7 @@ Serve configuration files give them under `args`, the command line through flags
 refused. Nothing below reads the environment.
 """
 
+from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Literal, Self
@@ -18,6 +19,23 @@ MIB = 2**20
 GIB = 2**30
 
 Quantization = Literal["nf4", "nf4-double", "int8", "int4"]
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address. Raises ValueError if it is no IP address."""
+    address = ip_address(host)
+    mapped = getattr(address, "ipv4_mapped", None)
+    return bool((mapped or address).is_loopback)
+
+
+@dataclass(frozen=True)
+class Network:
+    """Where heads and workers listen, and how they know their peers: see ServeConfig's fields."""
+
+    host: str = "127.0.0.1"
+    tls_folder: Path | None = None
+    cluster_token: Path | Literal["environment"] | None = None
+    allow_plaintext: bool = False
 
 
 class ServeConfig(BaseModel):
@@ -95,11 +113,29 @@ class ServeConfig(BaseModel):
     """Seconds without an event after which a stream carries a comment, so that proxies do not take
     it for dead. Below the shortest of their usual patience (HAProxy, 50 s) by a good margin."""
 
+    api_keys_file: Path | None = None
+    """File of keys, one a line, `#` begins a comment; callers of the HTTP API must show one, but
+    for /health and /ready. Further keys come from MAESTRALE_API_KEYS, with commas between. Read
+    when an ingress starts, which needs it at this path. None and no such variable: no key is
+    needed, and only callers on loopback are answered."""
+    allow_open_http: bool = False
+    """Without keys, answer anybody who can reach the HTTP port, knowingly."""
+    allowed_origins: tuple[str, ...] = ()
+    """Sites whose pages may call from a browser (CORS), such as https://example.org; `*`: all."""
+
     data_plane_host: str = "127.0.0.1"
-    """Address that heads and workers listen on for gRPC. Other than loopback needs
-    allow_plaintext_network: the data plane is not encrypted yet."""
+    """Address that heads and workers listen on for gRPC. Other than loopback needs one of the next
+    three."""
+    tls_folder: Path | None = None
+    """Folder made by `maestrale certs`, for mutual TLS between ingresses, heads and workers. Each
+    node needs ca.pem in it, and certificate and key of the roles that run there."""
+    cluster_token: Path | Literal["environment"] | None = None
+    """File with a secret that ingresses, heads and workers show each other, at the same path on
+    every node; or `environment`, which takes MAESTRALE_CLUSTER_TOKEN of each process. Without TLS:
+    it keeps strangers out, but crosses the network in the clear like all else."""
     allow_plaintext_network: bool = False
-    """Let tokens and activations cross a network in the clear, knowingly."""
+    """Let tokens and activations cross a network in the clear, and anybody on it connect,
+    knowingly."""
 
     expert_timeout_s: float = Field(default=30.0, gt=0)
     """How long a head waits for a worker's answer before it takes the worker for lost, seconds.
@@ -112,16 +148,19 @@ class ServeConfig(BaseModel):
     @model_validator(mode="after")
     def _check_network(self) -> Self:
         try:
-            is_loopback = ip_address(self.data_plane_host).is_loopback
+            is_safe = is_loopback(self.data_plane_host)
         except ValueError as error:
             raise ValueError(
                 f"data_plane_host {self.data_plane_host!r} is no IP address"
             ) from error
-        if not is_loopback and not self.allow_plaintext_network:
+        if self.tls_folder and self.cluster_token:
+            raise ValueError("tls_folder and cluster_token exclude each other: TLS does it all")
+        if not (is_safe or self.tls_folder or self.cluster_token or self.allow_plaintext_network):
             raise ValueError(
                 f"data_plane_host {self.data_plane_host} is not loopback: tokens and activations "
-                "would cross the network in the clear. Set allow_plaintext_network: true if that "
-                "network is yours alone"
+                "would cross the network in the clear, and anybody could connect. Set tls_folder "
+                "(`maestrale certs` fills one), or cluster_token, or allow_plaintext_network: true "
+                "if that network is yours alone"
             )
         return self
 
@@ -156,6 +195,13 @@ class ServeConfig(BaseModel):
         if isinstance(self.expert_quantization, tuple):
             return self.expert_quantization
         return (self.expert_quantization,) * self.num_workers
+
+    @property
+    def network(self) -> Network:
+        """What a process needs to know of the data plane."""
+        return Network(
+            self.data_plane_host, self.tls_folder, self.cluster_token, self.allow_plaintext_network
+        )
 
     @property
     def lease_renewal_s(self) -> float:

@@ -1,6 +1,7 @@
 """What the command line shows to people: progress, tables, a story. Decides nothing."""
 
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -41,6 +42,21 @@ class BytesLine:
             self._shown_s = elapsed_s
             line = f"\r{self._what}: {self._progress}   "
             errors.print(line, end="\n" if is_last else "")
+
+
+def print_certificates(folder: Path, written: list[Path]) -> None:
+    """What was written where, and what it takes to use it."""
+    for path in written:
+        console.print(f"wrote {path}")
+    if not written:
+        console.print(f"{folder} is complete: nothing was written")
+    console.print(
+        f"In the configuration: tls_folder: {folder.absolute()}\n"
+        "Copy ca.pem, ROLE.pem and ROLE-key.pem of the roles that run there to each node (ingress, "
+        "head, worker), and keep ca-key.pem off the nodes: whoever has it can make identities.\n"
+        "To renew one, delete its two files and run this again; processes take new files with "
+        "their next connection."
+    )
 
 
 def size(num_bytes: float) -> str:

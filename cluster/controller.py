@@ -168,7 +168,7 @@ class Controller:
             expert_quantization=quantization,
             device=config.device,
             num_threads=config.worker_threads,
-            host=config.data_plane_host,
+            network=config.network,
             lease_s=config.lease_s,
         )
         logger.info("starting %s", name)

@@ -6,6 +6,7 @@ Each process keeps a registry of its own; the ingress merges the texts of all (`
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from prometheus_client import (
     CollectorRegistry,
@@ -81,7 +82,7 @@ class StepStats:
 
 
 class Registry:
-    """A process's own metrics. Base of the three below."""
+    """A process's own metrics. Base of those below."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -91,11 +92,30 @@ class Registry:
         return generate_latest(self.registry).decode()
 
 
-class HeadMetrics(Registry):
+class ServerMetrics(Registry):
+    """Of a process that other processes call."""
+
+    def __init__(self, plane: Literal["head", "expert"]) -> None:
+        """plane: which of the two contracts it answers."""
+        super().__init__()
+        self._refusals = Counter(
+            "maestrale_refused_peers",
+            "Calls and messages of peers that were refused, by reason",
+            ["plane", "reason"],
+            registry=self.registry,
+        )
+        self._plane = plane
+
+    def observe_refusal(self, reason: str) -> None:
+        """reason: one of cluster.guard.Guard's."""
+        self._refusals.labels(self._plane, reason).inc()
+
+
+class HeadMetrics(ServerMetrics):
     """Of one head replica."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__("head")
         self._tokens = Counter(
             "maestrale_step_tokens",
             "Tokens computed by forward passes, prompt and new",
@@ -163,11 +183,11 @@ class HeadMetrics(Registry):
         self._free_blocks.set(num_free_blocks)
 
 
-class WorkerMetrics(Registry):
+class WorkerMetrics(ServerMetrics):
     """Of one expert worker."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__("expert")
         self._rows = Counter(
             "maestrale_expert_rows",
             "Rows that an expert computed",

@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from cluster.ingress.api import create_app
+from cluster.ingress.auth import ANYBODY, Access
 from cluster.ingress.journal import Journal, News
 from cluster.ingress.prepare import ApiSettings
 from cluster.metrics import IngressMetrics
@@ -218,10 +219,18 @@ class Api:
             max_concurrent_requests=2,
             max_body_bytes=20_000,
         )
+        self.access = ANYBODY
         self.app = self._new_app()
 
     def _new_app(self) -> Any:
-        return create_app(self.engine, self.tokenizer, self._chat, self.settings, self.metrics)
+        return create_app(
+            self.engine, self.tokenizer, self._chat, self.settings, self.metrics, self.access
+        )
+
+    def admit(self, access: Access) -> None:
+        """Start again, for these callers."""
+        self.access = access
+        self.app = self._new_app()
 
     def configure(self, **changes: Any) -> None:
         """Start again with other settings."""

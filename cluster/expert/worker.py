@@ -15,9 +15,11 @@ import ray
 import torch
 
 from cluster import rpc
+from cluster.config import Network
 from cluster.expert.batcher import Batcher
 from cluster.expert.service import ExpertService
 from cluster.metrics import WorkerMetrics
+from cluster.security import Security
 from model.experts import ExpertWeights
 from model.weights import Checkpoint, torch_dtype
 
@@ -36,7 +38,7 @@ class WorkerSettings:
     expert_quantization: str | None
     device: str
     num_threads: int
-    host: str
+    network: Network
     lease_s: float
 
 
@@ -66,6 +68,7 @@ class ExpertWorker:
     """
 
     def __init__(self, settings: WorkerSettings) -> None:
+        security = Security.load(settings.network, "worker", os.environ)
         torch.set_num_threads(settings.num_threads)
         self._settings = settings
         checkpoint = Checkpoint(
@@ -83,7 +86,7 @@ class ExpertWorker:
 
         metrics = WorkerMetrics()
         self._identity = rpc.Identity(
-            settings.name, rpc.fingerprint(checkpoint.config, settings.dtype)
+            settings.name, rpc.fingerprint(checkpoint.config, settings.dtype), security
         )
         service = ExpertService(
             Batcher(self._held, metrics),
@@ -93,7 +96,9 @@ class ExpertWorker:
             self._identity,
             metrics,
         )
-        self._server, self._address = rpc.new_server(settings.host)
+        self._server, self._address = rpc.new_server(
+            settings.network.host, security, metrics.observe_refusal
+        )
         self._server.add_generic_rpc_handlers((service.handler(),))
         self._server.start()
         self._owner = ""

@@ -79,7 +79,7 @@ class WorkerStream:
         self._waits_since: float | None = None
         self._waits_for = ""
         self._was_slow = False
-        self._channel = grpc.insecure_channel(worker.address, options=rpc.CHANNEL_OPTIONS)
+        self._channel = rpc.new_channel(worker.address, identity.security, "worker")
         try:
             self._shake_hands(identity)
         except BaseException:
@@ -101,7 +101,7 @@ class WorkerStream:
         try:
             reply = hello(identity.hello(), timeout=rpc.HANDSHAKE_TIMEOUT_S)
         except grpc.RpcError as error:
-            if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
+            if error.code() in rpc.REFUSALS:
                 raise HandshakeError(error.details()) from error
             raise ExpertsUnavailableError(
                 f"{self.worker.name} at {self.worker.address} does not answer: "

@@ -6,6 +6,7 @@ Serve. Loading happens on the engine's thread, so that the replica answers Serve
 
 import asyncio
 import logging
+import os
 import threading
 from typing import Any
 
@@ -24,6 +25,7 @@ from cluster.head.service import HeadService
 from cluster.head.stopwatch import Stopwatch
 from cluster.metrics import HeadMetrics
 from cluster.placement import ClusterView
+from cluster.security import Security
 from model.decoder import Decoder
 from model.weights import Checkpoint, torch_dtype
 from protos import head_pb2_grpc
@@ -86,6 +88,7 @@ class HeadReplica:
 
     def _serve(self) -> None:
         config = self._config
+        security = Security.load(config.network, "head", os.environ)
         torch.set_num_threads(config.head_threads)
         checkpoint = Checkpoint(
             config.checkpoint_folder(),
@@ -100,7 +103,8 @@ class HeadReplica:
             attention=config.attention,
             phases=stopwatch,
         )
-        identity = rpc.Identity(self._name, rpc.fingerprint(checkpoint.config, config.dtype))
+        fingerprint = rpc.fingerprint(checkpoint.config, config.dtype)
+        identity = rpc.Identity(self._name, fingerprint, security)
         experts = RemoteExperts(
             self._feed,
             identity,
@@ -117,7 +121,9 @@ class HeadReplica:
             grammars = new_compiler(checkpoint)
             self._engine = new_engine(config, decoder, experts, metrics, grammars, stopwatch)
             service = HeadService(self._engine, identity, metrics, grammars)
-            self._server, address = rpc.new_server(config.data_plane_host)
+            self._server, address = rpc.new_server(
+                config.data_plane_host, security, metrics.observe_refusal
+            )
             head_pb2_grpc.add_HeadServicer_to_server(service, self._server)
             self._server.start()
             self._say(HeadReport(self._name, address=address))

@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 
 from cluster.ingress import anthropic, errors, responses, sse
 from cluster.ingress.answerer import Answerer, Engine
+from cluster.ingress.auth import ANYBODY, Access
 from cluster.ingress.classify import classification
 from cluster.ingress.clients import client_key
 from cluster.ingress.disconnect import unless_disconnected
@@ -43,12 +44,13 @@ def create_app(
     chat: ChatFormat,
     settings: ApiSettings,
     metrics: IngressMetrics,
+    access: Access = ANYBODY,
     *,
     beside: Callable[[Answerer], AbstractAsyncContextManager[Any]] = nullcontext,
 ) -> FastAPI:
     """The whole HTTP side as one ASGI app.
 
-    beside: a door that is no HTTP, open while the app runs.
+    access: who may use it. beside: a door that is no HTTP, open while the app runs.
     """
     answerer = Answerer(engine, tokenizer, chat, settings, metrics)
 
@@ -63,6 +65,7 @@ def create_app(
     app.include_router(anthropic.router(answerer))
     errors.install(app)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    app.add_middleware(access.protect)
     app.add_middleware(RequestLog, metrics=metrics)
     return app
 

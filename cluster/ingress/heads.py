@@ -26,7 +26,7 @@ class HeadConnection:
         self.head = head
         self.is_broken = False
         self._identity = identity
-        self._channel = grpc.aio.insecure_channel(head.address, options=rpc.CHANNEL_OPTIONS)
+        self._channel = rpc.new_aio_channel(head.address, identity.security, "head")
         self._stub = head_pb2_grpc.HeadStub(self._channel)
         self._outgoing: asyncio.Queue[head_pb2.HeadRequest] = asyncio.Queue()
         self._events: dict[int, asyncio.Queue[head_pb2.SequenceEvent | HeadUnavailableError]] = {}
