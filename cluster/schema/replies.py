@@ -8,7 +8,11 @@ from pydantic import BaseModel, ConfigDict
 class Reply(BaseModel):
     """Base of replies: a newer server may send more than this client knows."""
 
-    model_config = ConfigDict(extra="allow")
+    # built when first used: the SDK must be quick to import
+    model_config = ConfigDict(extra="allow", defer_build=True)
+
+    _request_id: str | None = None
+    """In the SDK: the X-Request-Id of the answer that it came in."""
 
 
 class PromptTokensDetails(Reply):

@@ -69,7 +69,7 @@ def test_a_killed_worker_is_replaced_and_the_stream_goes_on(
     """Runs on the shared service: it must be as good as new afterwards."""
     expected = mixtral.generate(PROMPT, max_tokens=400)
     with service.client() as client:
-        epoch = client.ready().epoch
+        epoch = client.cluster.status().epoch
         workers = [
             process
             for process in descendants(service.process.pid)
@@ -85,7 +85,7 @@ def test_a_killed_worker_is_replaced_and_the_stream_goes_on(
                 if index == 5:
                     workers[1].kill()
         assert text == expected
-        until(lambda: client.ready().epoch == epoch + 1, "the placement after the kill")
+        until(lambda: client.cluster.status().epoch == epoch + 1, "the placement after the kill")
 
 
 def test_a_port_in_use_is_said_before_anything_starts() -> None:
@@ -133,7 +133,7 @@ def test_quantised_workers_hold_a_fraction_and_a_quantised_head_still_answers() 
     service = Service.start("--experts", "int4", "--attention-weights", "int8")
     try:
         with service.client() as client:
-            held = sum(worker.num_bytes for worker in client.ready().workers)
+            held = sum(worker.num_bytes for worker in client.cluster.status().workers)
             question = [{"role": "user", "content": "What does a cow say?"}]
             answer = client.chat.completions.create(messages=question, temperature=0)
     finally:
