@@ -91,6 +91,9 @@ class ServeConfig(BaseModel):
     """Requests in progress over all ingresses; beyond it a caller gets 429 with Retry-After."""
     max_body_bytes: int = Field(default=4 * MIB, ge=1)
     """Size of a request body, at most."""
+    sse_keep_alive_s: float = Field(default=15.0, gt=0)
+    """Seconds without an event after which a stream carries a comment, so that proxies do not take
+    it for dead. Below the shortest of their usual patience (HAProxy, 50 s) by a good margin."""
 
     data_plane_host: str = "127.0.0.1"
     """Address that heads and workers listen on for gRPC. Other than loopback needs

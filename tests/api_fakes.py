@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -330,11 +331,27 @@ class Caller:
         }
         self._task = asyncio.create_task(api.app(scope, self._receive, self._send))
 
-    async def until(self, condition: Any) -> None:
-        """Let the app work until something is so."""
-        for _ in range(1_000):
+    @property
+    def bodies(self) -> list[bytes]:
+        """Parts of the reply's body, as they were sent."""
+        return [message["body"] for message in self.sent if "body" in message]
+
+    @property
+    def error(self) -> BaseException | None:
+        """What the app raised at its server; None also before it has ended."""
+        ended = self._task.done() and not self._task.cancelled()
+        return self._task.exception() if ended else None
+
+    async def until(self, condition: Any, *, patience_s: float = 0.0) -> None:
+        """Let the app work until something is so: a thousand turns of the event loop, and, where
+        the app waits for a time to pass, so many seconds.
+        """
+        deadline = time.monotonic() + patience_s
+        num_turns = 0
+        while num_turns < 1_000 or time.monotonic() < deadline:
             if condition():
                 return
+            num_turns += 1
             await asyncio.sleep(0)
         pytest.fail(f"it never came to that; sent so far: {self.sent}")
 

@@ -62,6 +62,7 @@ class Ingress:
                 num_drafts=config.num_drafts,
                 max_concurrent_requests=-(-config.max_concurrent_requests // config.num_ingresses),
                 max_body_bytes=config.max_body_bytes,
+                sse_keep_alive_s=config.sse_keep_alive_s,
             ),
             metrics,
         )

@@ -48,6 +48,8 @@ class ApiSettings:
     max_concurrent_requests: int
     """Of this ingress."""
     max_body_bytes: int
+    sse_keep_alive_s: float = 15.0
+    """How long a stream may be silent, seconds; then a comment is sent."""
 
 
 @dataclass(frozen=True)

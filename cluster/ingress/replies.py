@@ -2,9 +2,12 @@
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
+from cluster.errors import RequestError
+from cluster.ingress import sse
+from cluster.ingress.errors import error_body
 from cluster.ingress.journal import Journal
 from cluster.ingress.logprobs import (
     chat_logprobs,
@@ -26,6 +29,7 @@ from cluster.schema import (
     CompletionChoice,
     CompletionLogprobs,
     PromptLogprobs,
+    StreamOptions,
     Usage,
 )
 from model.tokenizer import Tokenizer
@@ -51,6 +55,40 @@ class Replies(Protocol):
     def whole(self, answers: Sequence[TextDelta]) -> Completion | ChatCompletion:
         """The reply that is not streamed, of all answers that were drawn."""
         ...
+
+
+class ChunkForm:
+    """A stream of OpenAI's chunks."""
+
+    def __init__(self, work: Work, replies: Replies) -> None:
+        options = work.body.stream_options or StreamOptions()
+        self._work = work
+        self._replies = replies
+        self._has_usage = options.include_usage
+        self._has_usage_everywhere = options.include_usage and options.continuous_usage_stats
+        self._num_told = 0
+
+    def opening(self) -> Iterator[bytes]:
+        return map(self._event, self._replies.opening())
+
+    def delta(self, index: int, delta: TextDelta) -> Iterator[bytes]:
+        self._num_told += len(delta.token_ids)
+        yield self._event(self._replies.chunk(index, delta))
+
+    def closing(self) -> Iterator[bytes]:
+        if self._has_usage:
+            yield sse.event(self._with_usage(self._replies.closing()))
+        yield sse.DONE
+
+    def failure(self, error: RequestError) -> Iterator[bytes]:
+        yield sse.event(error_body(error))
+        yield sse.DONE
+
+    def _event(self, chunk: Chunk) -> bytes:
+        return sse.event(self._with_usage(chunk) if self._has_usage_everywhere else chunk)
+
+    def _with_usage(self, chunk: Chunk) -> Chunk:
+        return chunk.model_copy(update={"usage": self._work.usage(self._num_told)})
 
 
 def best(work: Work, answers: Sequence[TextDelta]) -> list[tuple[Journal, TextDelta]]:

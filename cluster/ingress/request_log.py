@@ -31,17 +31,25 @@ class RequestLog:
         request_id = given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex
         started = time.perf_counter()
         status = _HUNG_UP  # what it stays when the caller does so before an answer
+        is_gone = False
 
         async def tagged(message: Message) -> None:
-            nonlocal status
+            nonlocal status, is_gone
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+            try:
+                await send(message)
+            except OSError:  # how ASGI says that the caller has hung up
+                is_gone = True
+                raise
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["X-Request-Id"] = request_id
-            await send(message)
 
         try:
             await self._app(scope, receive, tagged)
         except Exception as error:
+            if is_gone:
+                return  # nobody is left to answer, and nothing is wrong
             if status != _HUNG_UP:
                 raise  # the answer has begun: Serve can only break it off
             await error_response(error)(scope, receive, tagged)
