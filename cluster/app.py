@@ -168,7 +168,7 @@ def _wait_until_ready(client: Client, on_phase: OnPhase) -> None:
         application = serve.status().applications[APP_NAME]
         has_failed = application.status == ApplicationStatus.DEPLOY_FAILED
         try:
-            readiness = client.ready()
+            readiness = client.cluster.status()
         except APIError as error:
             # the proxy listens before the ingress is there
             if has_failed:

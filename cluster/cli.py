@@ -189,7 +189,7 @@ def serve(
             on_phase=ProgressLines().show,
         ) as client,
     ):
-        print_placement(client.ready())
+        print_placement(client.cluster.status())
         console.print(f"Serving {config.model_id()} at {client.base_url}/v1 (Ctrl-C stops)")
         while True:
             signal.pause()
@@ -285,9 +285,9 @@ def demo(
             on_phase=lines.show,
         ) as client,
     ):
-        print_placement(client.ready())
+        print_placement(client.cluster.status())
         tell_story(client, max_tokens)
-        print_rows(client.metrics())
+        print_rows(client.cluster.metrics())
         lines.line("stopping")
     lines.line("stopped")
 

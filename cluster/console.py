@@ -1,6 +1,7 @@
 """What the command line shows to people: progress, tables, a story. Decides nothing."""
 
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -12,7 +13,7 @@ from cluster.schema import Readiness
 from model.progress import Progress
 
 if TYPE_CHECKING:
-    from cluster.client import Client
+    from cluster.client import Client, Sample
     from model.inspect import Inspection
 
 console = Console(highlight=False, soft_wrap=True)
@@ -149,15 +150,12 @@ def tell_story(client: "Client", max_tokens: int) -> None:
     )
 
 
-def print_rows(exposition: str) -> None:
+def print_rows(metrics: Iterable["Sample"]) -> None:
     """Rows that each worker has computed, the probe of every expert included."""
-    from prometheus_client.parser import text_string_to_metric_families
-
     rows: dict[str, int] = {}
-    for family in text_string_to_metric_families(exposition):
-        for sample in family.samples:
-            if sample.name == "maestrale_expert_rows_total":
-                worker = sample.labels["process"]
-                rows[worker] = rows.get(worker, 0) + int(sample.value)
+    for sample in metrics:
+        if sample.name == "maestrale_expert_rows_total":
+            worker = sample.labels["process"]
+            rows[worker] = rows.get(worker, 0) + int(sample.value)
     for worker, count in sorted(rows.items()):
         console.print(f"{worker} computed {count:,} rows")

@@ -10,7 +10,11 @@ from cluster.schema.tools import ToolCall, ToolCallDelta
 class Reply(BaseModel):
     """Base of replies: a newer server may send more than this client knows."""
 
-    model_config = ConfigDict(extra="allow")
+    # built when first used: the SDK must be quick to import
+    model_config = ConfigDict(extra="allow", defer_build=True)
+
+    _request_id: str | None = None
+    """In the SDK: the X-Request-Id of the answer that it came in."""
 
 
 class PromptTokensDetails(Reply):
