@@ -103,6 +103,7 @@ class HeadReplica:
             attention=config.attention,
             phases=stopwatch,
         )
+        metrics = HeadMetrics()
         fingerprint = rpc.fingerprint(checkpoint.config, config.dtype)
         identity = rpc.Identity(self._name, fingerprint, security)
         experts = RemoteExperts(
@@ -111,13 +112,13 @@ class HeadReplica:
             timeout_s=config.expert_timeout_s,
             recovery_timeout_s=config.recovery_timeout_s,
             phases=stopwatch,
+            metrics=metrics,
         )
         try:
             while not experts.connect(timeout_s=1.0):
                 if self._is_stopping.is_set():
                     return
             pass_through_every_expert(decoder, experts)
-            metrics = HeadMetrics()
             grammars = new_compiler(checkpoint)
             self._engine = new_engine(config, decoder, experts, metrics, grammars, stopwatch)
             service = HeadService(self._engine, identity, metrics, grammars)
