@@ -183,7 +183,7 @@ def _serve(
         server, address = rpc.new_server("127.0.0.1")
         if unix_socket is not None:
             server.add_insecure_port(f"unix:{unix_socket}")
-        server.add_generic_rpc_handlers((service.handler(),))
+        service.add_to(server)
         server.start()
     except Exception as error:
         # The parent's to tell; whatever it was, this process has no other word.

@@ -6,10 +6,13 @@ from collections.abc import Iterator
 
 import grpc
 import torch
+from grpc_health.v1.health import HealthServicer
+from grpc_health.v1.health_pb2 import HealthCheckResponse
+from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
 
 from cluster import rpc, wire
 from cluster.errors import WireError
-from cluster.expert.batcher import Batcher, NotHeldError
+from cluster.expert.batcher import Batcher, BusyError, NotHeldError
 from cluster.metrics import WorkerMetrics
 from model.config import MixtralConfig
 from protos import expert_pb2, peer_pb2
@@ -35,9 +38,21 @@ class ExpertService:
         self._device = device
         self._identity = identity
         self._metrics = metrics
+        self._health = HealthServicer()
 
-    def handler(self) -> grpc.GenericRpcHandler:
-        """The service for a gRPC server. Compute's messages pass as raw bytes, for `wire`."""
+    def add_to(self, server: grpc.Server) -> None:
+        """Offer the service, and gRPC's standard health service, which says SERVING."""
+        server.add_generic_rpc_handlers((self._handler(),))
+        add_HealthServicer_to_server(self._health, server)
+        self._health.set(rpc.EXPERT_SERVICE, HealthCheckResponse.SERVING)
+
+    def end(self, server: grpc.Server, grace_s: float) -> None:
+        """Say NOT_SERVING for good, take no new stream, and stop the server after that long."""
+        self._health.enter_graceful_shutdown()
+        server.stop(grace_s).wait(grace_s + 1)
+
+    def _handler(self) -> grpc.GenericRpcHandler:
+        # Compute's messages pass as raw bytes, for `wire`
         return grpc.method_handlers_generic_handler(
             rpc.EXPERT_SERVICE,
             {
@@ -82,6 +97,9 @@ class ExpertService:
             return wire.encode_error(
                 call.call_id, incarnation, expert_pb2.ERROR_NOT_HELD, str(error)
             )
+        except BusyError as error:
+            self._metrics.observe_call("busy")
+            return wire.encode_error(call.call_id, incarnation, expert_pb2.ERROR_BUSY, str(error))
         except Exception as error:
             logger.exception("%s: layer %d failed", self._identity.name, call.layer)
             self._metrics.observe_call("internal")

@@ -276,7 +276,7 @@ def test_an_expert_that_is_not_held_is_refused_by_name(checkpoint: Checkpoint) -
         metrics,
     )
     server, address = rpc.new_server("127.0.0.1")
-    server.add_generic_rpc_handlers((service.handler(),))
+    service.add_to(server)
     server.start()
     try:
         with grpc.insecure_channel(address) as channel:

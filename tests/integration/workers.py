@@ -1,5 +1,7 @@
 """Expert workers without Ray: the service, its batcher and a real gRPC server, in this process."""
 
+from collections.abc import Sequence
+
 from cluster import rpc
 from cluster.expert.batcher import Batcher
 from cluster.expert.service import ExpertService
@@ -7,6 +9,7 @@ from cluster.head.dispatch import PlacementFeed, RemoteExperts
 from cluster.metrics import WorkerMetrics
 from cluster.placement import Placement, Table, WorkerInfo, plan
 from cluster.security import Security
+from model.units import Unit
 from model.weights import Checkpoint
 
 
@@ -29,14 +32,19 @@ class WorkerServer:
     placement says."""
 
     def __init__(
-        self, name: str, checkpoint: Checkpoint, security: Security = rpc.LOOPBACK_ONLY
+        self,
+        name: str,
+        checkpoint: Checkpoint,
+        security: Security = rpc.LOOPBACK_ONLY,
+        units: Sequence[Unit] | None = None,
     ) -> None:
-        held = checkpoint.load_experts(checkpoint.config.expert_units)
+        """units: to hold in place of all experts."""
+        held = checkpoint.load_experts(checkpoint.config.expert_units if units is None else units)
         self.metrics = WorkerMetrics()
         self.identity = rpc.Identity(
             name, rpc.fingerprint(checkpoint.config, dtype_name(checkpoint)), security
         )
-        service = ExpertService(
+        self.service = ExpertService(
             Batcher(held, self.metrics),
             checkpoint.config,
             checkpoint.dtype,
@@ -47,7 +55,7 @@ class WorkerServer:
         self.server, self.address = rpc.new_server(
             "127.0.0.1", security, self.metrics.observe_refusal
         )
-        self.server.add_generic_rpc_handlers((service.handler(),))
+        self.service.add_to(self.server)
         self.server.start()
 
     @property
