@@ -172,6 +172,12 @@ class HeadMetrics(ServerMetrics):
             "Rows of experts that were sent again after a loss or refusal",
             registry=self.registry,
         )
+        self._cross_checks = Counter(
+            "maestrale_expert_cross_checks",
+            "Rows that a second copy computed too, by outcome; damaged and unexplained are alarms",
+            ["outcome"],
+            registry=self.registry,
+        )
         self._rows_waited = Counter(
             "maestrale_expert_rows_waited_seconds",
             "Time that steps stood still since no worker could be asked",
@@ -200,6 +206,10 @@ class HeadMetrics(ServerMetrics):
         """Rows of experts were sent a second time, after so long without anybody to ask."""
         self._resent_rows.inc(num_rows)
         self._rows_waited.inc(waited_s)
+
+    def observe_cross_check(self, outcome: str) -> None:
+        """outcome: agreed, damaged (a copy's weights had changed), unexplained or unanswered."""
+        self._cross_checks.labels(outcome).inc()
 
     def observe_idle(self, *, num_free_blocks: int) -> None:
         """No sequence is left."""

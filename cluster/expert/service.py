@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import grpc
 import torch
@@ -15,6 +15,7 @@ from cluster.errors import WireError
 from cluster.expert.batcher import Batcher, BusyError, NotHeldError
 from cluster.metrics import WorkerMetrics
 from model.config import MixtralConfig
+from model.units import Unit
 from protos import expert_pb2, peer_pb2
 
 logger = logging.getLogger(__name__)
@@ -31,13 +32,18 @@ class ExpertService:
         device: torch.device,
         identity: rpc.Identity,
         metrics: WorkerMetrics,
+        drop_if_damaged: Callable[[Unit], bool],
     ) -> None:
+        """drop_if_damaged: drops a unit whose weights have changed since they were loaded, and says
+        whether; called from any thread.
+        """
         self._batcher = batcher
         self._config = config
         self._dtype = dtype
         self._device = device
         self._identity = identity
         self._metrics = metrics
+        self._drop_if_damaged = drop_if_damaged
         self._health = HealthServicer()
 
     def add_to(self, server: grpc.Server) -> None:
@@ -62,6 +68,11 @@ class ExpertService:
                     response_serializer=peer_pb2.HelloReply.SerializeToString,
                 ),
                 "Compute": grpc.stream_stream_rpc_method_handler(self._compute),
+                "Verify": grpc.unary_unary_rpc_method_handler(
+                    self._verify,
+                    request_deserializer=expert_pb2.VerifyRequest.FromString,
+                    response_serializer=expert_pb2.VerifyReply.SerializeToString,
+                ),
                 "Metrics": grpc.unary_unary_rpc_method_handler(
                     self._export,
                     request_deserializer=peer_pb2.MetricsRequest.FromString,
@@ -108,6 +119,15 @@ class ExpertService:
             )
         self._metrics.observe_call("ok")
         return wire.encode_reply(call.call_id, incarnation, sums_RD, time.perf_counter() - started)
+
+    def _verify(
+        self, request: expert_pb2.VerifyRequest, context: grpc.ServicerContext
+    ) -> expert_pb2.VerifyReply:
+        unit = Unit(request.layer, request.expert_id, request.slice_number, request.num_slices)
+        is_damaged = self._drop_if_damaged(unit)
+        if is_damaged:
+            logger.error("%s: %s has changed in memory, dropped", self._identity.name, unit)
+        return expert_pb2.VerifyReply(is_damaged=is_damaged)
 
     def _export(
         self, _request: peer_pb2.MetricsRequest, _context: grpc.ServicerContext

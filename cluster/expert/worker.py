@@ -20,7 +20,7 @@ from cluster.expert.batcher import Batcher
 from cluster.expert.service import ExpertService
 from cluster.metrics import WorkerMetrics
 from cluster.security import Security
-from model.experts import ExpertWeights
+from model.experts import ExpertWeights, checksum
 from model.units import Unit
 from model.weights import Checkpoint, torch_dtype
 
@@ -80,6 +80,7 @@ class ExpertWorker:
         )
         self._checkpoint = checkpoint
         self._held: dict[Unit, ExpertWeights] = {}
+        self._checksums: dict[Unit, int] = {}
         self._loaded_bytes = 0
         self._num_wanted = 0
         self._error: str | None = None
@@ -96,6 +97,7 @@ class ExpertWorker:
             checkpoint.device,
             self._identity,
             metrics,
+            self._drop_if_damaged,
         )
         self._server, self._address = rpc.new_server(
             settings.network.host, security, metrics.observe_refusal
@@ -153,6 +155,7 @@ class ExpertWorker:
         try:
             for unit in units:
                 weights = self._checkpoint.load_unit(unit)
+                self._checksums[unit] = checksum(weights)
                 self._held[unit] = weights
                 self._loaded_bytes += weights.num_bytes
         except Exception as error:
@@ -167,6 +170,13 @@ class ExpertWorker:
             self._loaded_bytes,
             time.perf_counter() - started,
         )
+
+    def _drop_if_damaged(self, unit: Unit) -> bool:
+        weights = self._held.get(unit)
+        if weights is None or checksum(weights) == self._checksums[unit]:
+            return False
+        self._held.pop(unit, None)
+        return True
 
     def _watch_lease(self) -> None:
         while (left_s := self._lease_ends - time.monotonic()) > 0:

@@ -8,10 +8,9 @@ Shape suffixes: T tokens, D hidden, R rows of one worker, A assignments.
 """
 
 import logging
-import threading
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,12 +18,12 @@ from torch import Tensor
 from cluster import rpc, wire
 from cluster.errors import CallRefusedError, ExpertsUnavailableError
 from cluster.head.answer_times import AnswerTimes
-from cluster.head.bans import Bans
-from cluster.head.choice import choose, options, split
-from cluster.head.connections import Connections
+from cluster.head.choice import choose, split
+from cluster.head.cross_check import CrossCheck
+from cluster.head.routes import Directory, PlacementFeed, Routes
 from cluster.head.stream import WorkerStream
 from cluster.metrics import HeadMetrics
-from cluster.placement import Copy, Placement, WorkerInfo
+from cluster.placement import Copy, WorkerInfo
 from model.experts import Assignments, assign
 from model.phases import UNWATCHED, Phases
 from model.router import Routing
@@ -34,25 +33,6 @@ logger = logging.getLogger(__name__)
 
 ASK_AGAIN_S = 0.1
 """How long rows wait before a worker that refused them is asked again, if nothing changes."""
-
-
-class PlacementFeed:
-    """The newest placement that this head has heard of. Thread-safe.
-
-    Fed by whoever listens to the controller, read by the engine's thread.
-    """
-
-    def __init__(self) -> None:
-        self.changed = threading.Condition()
-        """Notified with every newer placement."""
-        self.newest: Placement | None = None
-
-    def put(self, placement: Placement) -> None:
-        """Take a placement; an older epoch than the one known is ignored."""
-        with self.changed:
-            if self.newest is None or placement.epoch > self.newest.epoch:
-                self.newest = placement
-                self.changed.notify_all()
 
 
 @dataclass(frozen=True)
@@ -67,49 +47,6 @@ class _Part:
     stream: WorkerStream
     sent_at: float
     overdue_at: float
-
-
-@dataclass(frozen=True)
-class _Routes:
-    """Who can be asked, by a placement and the streams there are at one moment."""
-
-    placement: Placement
-    streams: dict[int, WorkerStream]
-    """By worker number, of those that are connected."""
-    trusted: frozenset[int]
-    """Connected workers that are not banned."""
-    _found: dict[tuple[Unit, int | None], list[Copy]] = field(default_factory=dict)
-
-    def options(self, unit: Unit) -> list[Copy]:
-        """The ways to have a unit computed; by a banned worker only where nobody else can."""
-        found = self._found.get((unit, None))
-        if found is None:
-            found = self.options_among(unit, self.trusted)
-            found = found or self.options_among(unit, self.streams)
-            self._found[unit, None] = found
-        return found
-
-    def options_among(self, unit: Unit, workers: Collection[int]) -> list[Copy]:
-        """The ways to have a unit computed by some workers."""
-        return options(unit, self.placement.table[unit.layer][unit.expert_id], workers)
-
-    @property
-    def num_lacking(self) -> int:
-        """Experts that nobody can be asked for."""
-        return sum(
-            not self.options(Unit(layer, expert_id))
-            for layer, experts in enumerate(self.placement.table)
-            for expert_id in range(len(experts))
-        )
-
-    def can_do_without(self, unit: Unit, worker: int) -> bool:
-        """Whether trusted workers could compute the unit's expert without this one."""
-        found = self._found.get((unit, worker))
-        if found is None:
-            whole = Unit(unit.layer, unit.expert_id)
-            found = self.options_among(whole, self.trusted - {worker})
-            self._found[unit, worker] = found
-        return bool(found)
 
 
 class RemoteExperts:
@@ -127,49 +64,48 @@ class RemoteExperts:
         recovery_timeout_s: float,
         phases: Phases = UNWATCHED,
         metrics: HeadMetrics | None = None,
+        cross_check: CrossCheck | None = None,
     ) -> None:
         """timeout_s: for one answer; less where another copy could give it, see AnswerTimes.
         recovery_timeout_s: how long rows wait for somebody who can compute them.
         phases: told when rows are packed, under way and unpacked.
+        cross_check: offered what is sent; ended by `close`.
         """
         self.phases = phases
-        self._feed = feed
         self._timeout_s = timeout_s
         self._recovery_timeout_s = recovery_timeout_s
         self._metrics = metrics or HeadMetrics()
-        self._connections = Connections(identity, feed.changed, drain_s=timeout_s)
-        self._heard: Placement | None = None
-        self._routes: _Routes | None = None
-        self._version = -1
-        """Of the connections that the routes were made for."""
-        self._bans = Bans()
-        self._banned: frozenset[object] = frozenset()
+        self._cross_check = cross_check
+        self._directory = Directory(feed, identity, drain_s=timeout_s)
         self._times: dict[WorkerInfo, AnswerTimes] = {}
+        """Of every worker that ever answered; a few numbers each."""
         self._next_call_id = 1
 
     def __repr__(self) -> str:
-        epoch = self._routes.placement.epoch if self._routes else None
-        return f"RemoteExperts(epoch {epoch}, {self._connections})"
+        return f"RemoteExperts({self._directory})"
 
     @property
     def epoch(self) -> int | None:
         """Of the placement that rows go by now."""
-        return self._routes.placement.epoch if self._routes else None
+        return self._directory.epoch
 
     def connect(self, timeout_s: float) -> bool:
         """Wait until every expert can be asked for; says whether that is so."""
-        with self._feed.changed:
-            return self._feed.changed.wait_for(lambda: self._refresh() is not None, timeout_s)
+        return self._directory.wait_for_routes(timeout_s)
 
     def close(self) -> None:
         """End all streams."""
-        self._connections.close()
+        self._directory.close()
+        if self._cross_check is not None:
+            self._cross_check.close()
 
     def dispatch(self, layer: int, x_TD: Tensor, routing: Routing) -> "RemoteRows":
         """Send every row to the workers that hold its experts."""
         self.phases.enter("packing")
         assignments = assign(layer, routing)
         parts = self._send(layer, x_TD, assignments)
+        if self._cross_check is not None and parts:
+            self._cross_check.offer(x_TD, assignments, self._copies)
         return RemoteRows(self, layer, x_TD, assignments, parts)
 
     def receive(self, part: _Part, *, is_timely: bool) -> wire.Reply:
@@ -183,8 +119,7 @@ class RemoteExperts:
         except CallRefusedError:
             raise
         except ExpertsUnavailableError:
-            if self._connections.lose(part.stream):
-                self._bans.ban(worker, time.monotonic())
+            if self._directory.lose(part.stream):
                 self._metrics.observe_lost_worker()
             raise
         if is_timely:
@@ -222,24 +157,14 @@ class RemoteExperts:
                     f"no replacement within {self._recovery_timeout_s:.0f} s"
                 ) from cause
             logger.warning("%s; rows wait, %.1f s at most", cause or "no worker to ask", left_s)
-            self._wait_for_change(left_s, may_ask_again=bool(refused_by))
+            self._directory.wait_for_change(min(left_s, ASK_AGAIN_S) if refused_by else left_s)
             refused_by.clear()
-
-    def _wait_for_change(self, timeout_s: float, *, may_ask_again: bool) -> None:
-        """Until a stream or placement comes, or a worker that refused may be asked again."""
-        known = (self._version, self._heard)  # what the last attempt went by
-        if may_ask_again:
-            timeout_s = min(timeout_s, ASK_AGAIN_S)
-        with self._feed.changed:
-            self._feed.changed.wait_for(
-                lambda: (self._connections.version, self._feed.newest) != known, timeout_s
-            )
 
     def _send_all(
         self, rows: "RemoteRows", wanted: Sequence[Assignments], refused_by: Collection[WorkerInfo]
     ) -> list[_Part] | None:
         """Send all of these or, if some cannot be sent, none."""
-        routes = self._refresh()
+        routes = self._directory.routes()
         if routes is None or not all(
             self._options(routes, unit, refused_by) for each in wanted for unit, _ in each.counts
         ):
@@ -260,7 +185,7 @@ class RemoteExperts:
 
         None, and nothing is sent, if there is nobody to ask for some of them.
         """
-        routes = self._refresh()
+        routes = self._directory.routes()
         assert routes is not None, "dispatch before the first placement"
         wanted = [
             (count, self._options(routes, unit, refused_by)) for unit, count in assignments.counts
@@ -285,8 +210,16 @@ class RemoteExperts:
             parts.append(_Part(call, rows_R, mine, stream, now, overdue_at))
         return parts
 
+    def _copies(self, unit: Unit) -> tuple[int, list[tuple[WorkerInfo, ...]]]:
+        """The epoch, and the workers of each copy of a unit that can be asked."""
+        routes = self._directory.routes()
+        assert routes is not None
+        workers = routes.placement.workers
+        found = routes.options(unit)
+        return routes.placement.epoch, [tuple(workers[n] for n in copy) for copy in found]
+
     def _options(
-        self, routes: _Routes, unit: Unit, refused_by: Collection[WorkerInfo]
+        self, routes: Routes, unit: Unit, refused_by: Collection[WorkerInfo]
     ) -> list[Copy]:
         if not refused_by:
             return routes.options(unit)
@@ -295,51 +228,13 @@ class RemoteExperts:
             unit, [number for number in routes.streams if workers[number] not in refused_by]
         )
 
-    def _deadline_s(self, routes: _Routes, worker: int, mine: Assignments) -> float:
+    def _deadline_s(self, routes: Routes, worker: int, mine: Assignments) -> float:
         """How long to wait for a worker: short where others could do the same."""
         if not all(routes.can_do_without(unit, worker) for unit, _ in mine.counts):
             return self._timeout_s
         times = self._times.get(routes.placement.workers[worker])
         deadline_s = times.deadline_s(len(mine.rows_A)) if times else None
         return self._timeout_s if deadline_s is None else min(deadline_s, self._timeout_s)
-
-    def _refresh(self) -> _Routes | None:
-        """The routes as of now; None before the first placement could be gone by."""
-        newest, version = self._feed.newest, self._connections.version
-        banned = self._bans.active(time.monotonic())
-        if newest is not self._heard and newest is not None:
-            self._heard = newest
-            current = self._routes.placement.workers if self._routes else ()
-            self._connections.want({*newest.workers, *current})
-        elif version == self._version and banned == self._banned:
-            return self._routes
-        self._version, self._banned = self._connections.version, banned
-        if self._routes is not None:
-            self._routes = self._routes_by(self._routes.placement)
-        if newest is not None and (self._routes is None or self._routes.placement is not newest):
-            self._go_by_if_better(self._routes_by(newest))
-        return self._routes
-
-    def _routes_by(self, placement: Placement) -> _Routes:
-        known = self._connections.streams
-        streams = {
-            number: known[worker]
-            for number, worker in enumerate(placement.workers)
-            if worker in known
-        }
-        trusted = (n for n, stream in streams.items() if stream.worker not in self._banned)
-        return _Routes(placement, streams, frozenset(trusted))
-
-    def _go_by_if_better(self, newer: _Routes) -> None:
-        """Go by a newer placement as soon as no more experts lack somebody to ask than now."""
-        if newer.num_lacking > (self._routes.num_lacking if self._routes else 0):
-            return
-        logger.info("placement %d: %s", newer.placement.epoch, self._connections)
-        self._routes = newer
-        self._connections.want(newer.placement.workers)
-        gone = self._times.keys() - set(newer.placement.workers)
-        for worker in gone:
-            del self._times[worker]
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,10 @@ from protos import expert_pb2, peer_pb2
 
 logger = logging.getLogger(__name__)
 
+GRACE_S = 0.1
+"""An answer that is there already is read even if its time is over: it may be this process, not the
+worker, that was held up."""
+
 SLOW_AFTER_S = 1.0
 """A wait longer than this is logged, with what it waits for."""
 
@@ -84,7 +88,7 @@ class WorkerStream:
     def receive(self, call: wire.Call, overdue_at: float) -> wire.Reply:
         """The answer to a call, with its sums. Calls must be received in the order they were sent.
 
-        overdue_at: when to give up, in `time.monotonic`'s seconds.
+        overdue_at: when to give up, in `time.monotonic`'s seconds; not before GRACE_S from now.
 
         Raises ExpertsUnavailableError when the worker is gone, late or answers nonsense; this
         stream is then of no more use. Raises CallRefusedError when the worker does not hold the
@@ -93,7 +97,7 @@ class WorkerStream:
         """
         where = f"{self.worker.name} at {self.worker.address}, layer {call.layer}"
         since = time.monotonic()
-        self._wait = (since, overdue_at, where)
+        self._wait = (since, max(overdue_at, since + GRACE_S), where)
         try:
             reply = self._next_reply()
             while reply.call_id < call.call_id:  # of a step that was given up

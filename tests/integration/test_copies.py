@@ -12,12 +12,16 @@ import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster import rpc
-from cluster.head.dispatch import PlacementFeed, RemoteExperts
+from cluster.head.cross_check import CrossCheck
+from cluster.head.dispatch import RemoteExperts
+from cluster.head.routes import PlacementFeed
+from cluster.metrics import HeadMetrics
 from cluster.placement import Copy, Placement, Table, held_by
 from model import Mixtral
-from model.experts import Assignments, assign
+from model.experts import Assignments, assign, checksum
 from model.router import Routing
 from model.sampling_params import SamplingParams
+from model.units import Unit
 from model.weights import Checkpoint
 from tests.integration.proxy import CuttingProxy
 from tests.integration.workers import WorkerServer, remote_experts
@@ -39,9 +43,11 @@ def with_experts(mixtral: Mixtral, experts: RemoteExperts) -> Mixtral:
 
 
 @contextmanager
-def connected(placement: Placement, checkpoint: Checkpoint) -> Iterator[RemoteExperts]:
+def connected(
+    placement: Placement, checkpoint: Checkpoint, feed: PlacementFeed | None = None
+) -> Iterator[RemoteExperts]:
     """Experts on all workers of the placement."""
-    feed = PlacementFeed()
+    feed = feed or PlacementFeed()
     feed.put(placement)
     experts = remote_experts(feed, checkpoint, timeout_s=PATIENCE_S, recovery_timeout_s=PATIENCE_S)
     try:
@@ -110,11 +116,15 @@ def test_a_new_worker_that_does_not_answer_holds_nobody_up(
     first, second = (worker.info for worker in two_workers)
     old = Placement(1, (first,), everywhere(checkpoint, (0,)))
     ids = [1, 5, 9]
-    with CuttingProxy(two_workers[1].address) as proxy, connected(old, checkpoint) as experts:
+    feed = PlacementFeed()
+    with (
+        CuttingProxy(two_workers[1].address) as proxy,
+        connected(old, checkpoint, feed) as experts,
+    ):
         proxy.stall()
         silent = replace(second, address=proxy.address)
         new = Placement(2, (first, silent), everywhere(checkpoint, (1,)))
-        experts._feed.put(new)
+        feed.put(new)
         started = time.monotonic()
         logits = with_experts(mixtral, experts).logits(ids)
         assert time.monotonic() - started < rpc.HANDSHAKE_TIMEOUT_S
@@ -151,6 +161,60 @@ def one_row(checkpoint: Checkpoint) -> tuple[torch.Tensor, Assignments]:
     """A row for expert 0 of layer 0."""
     routing = Routing(torch.tensor([[0]]), torch.tensor([[1.0]]))
     return torch.ones(1, checkpoint.config.hidden_size), assign(0, routing)
+
+
+def test_a_flipped_bit_in_memory_is_found_and_dropped(checkpoint: Checkpoint) -> None:
+    workers = [WorkerServer(f"worker-{index}", checkpoint) for index in range(2)]
+    damaged = Unit(0, 3)
+    matrix = workers[1].held[damaged].w2_DF
+    assert isinstance(matrix, torch.Tensor)
+    sign_and_exponent = matrix.view(torch.int32)
+    sign_and_exponent[5, 7] ^= 1 << 29
+    infos = tuple(worker.info for worker in workers)
+    metrics = HeadMetrics()
+    identity = rpc.Identity("head", workers[0].identity.fingerprint)
+    check = CrossCheck(identity, metrics, share=1.0)
+    try:
+        x_TD = torch.randn(4, checkpoint.config.hidden_size)
+        routing = Routing(torch.full((4, 1), 3), torch.ones(4, 1))
+        for layer, outcome in ((1, "agreed"), (0, "damaged"), (0, "unanswered")):
+            # unanswered: the worker holds the expert no more
+            check.offer(x_TD, assign(layer, routing), lambda unit: (1, [infos[:1], infos[1:]]))
+            wait_for_metric(metrics, f'cross_checks_total{{outcome="{outcome}"}} 1.0')
+        assert damaged not in workers[1].held
+        assert damaged in workers[0].held
+    finally:
+        check.close()
+        for worker in workers:
+            worker.stop()
+
+
+def wait_for_metric(metrics: HeadMetrics, line: str) -> None:
+    deadline = time.monotonic() + FAR_BELOW_S
+    while line not in metrics.exposition():
+        assert time.monotonic() < deadline, metrics.exposition()
+
+
+def test_copies_that_disagree_with_sound_weights_are_unexplained(
+    checkpoint: Checkpoint,
+) -> None:
+    """As by a processor that computes wrongly; nobody can say which of the two."""
+    workers = [WorkerServer(f"worker-{index}", checkpoint) for index in range(2)]
+    infos = tuple(worker.info for worker in workers)
+    metrics = HeadMetrics()
+    check = CrossCheck(rpc.Identity("head", workers[0].identity.fingerprint), metrics, share=0.5)
+    wrong = workers[1].held
+    wrong[Unit(0, 3)] = wrong[Unit(0, 4)]
+    workers[1]._checksums[Unit(0, 3)] = checksum(wrong[Unit(0, 3)])
+    try:
+        x_TD = torch.randn(2, checkpoint.config.hidden_size)
+        assignments = assign(0, Routing(torch.full((2, 1), 3), torch.ones(2, 1)))
+        check.offer(x_TD, assignments, lambda unit: (1, [infos[:1], infos[1:]]))
+        wait_for_metric(metrics, 'outcome="unexplained"} 1.0')
+    finally:
+        check.close()
+        for worker in workers:
+            worker.stop()
 
 
 def test_a_worker_says_that_it_serves_no_more_before_it_ends(checkpoint: Checkpoint) -> None:

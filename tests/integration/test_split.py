@@ -11,8 +11,9 @@ import transformers
 
 from cluster import PROTOCOL_VERSION, rpc, wire
 from cluster.errors import ExpertFailedError, ExpertsUnavailableError, HandshakeError
-from cluster.head.dispatch import PlacementFeed, RemoteExperts
+from cluster.head.dispatch import RemoteExperts
 from cluster.head.probe import pass_through_every_expert
+from cluster.head.routes import PlacementFeed
 from cluster.head.stream import WorkerStream
 from model import TINY, Mixtral
 from model.experts import Assignments, Experts, LocalExperts
@@ -274,6 +275,7 @@ def test_an_expert_that_is_not_held_is_refused_by_name(checkpoint: Checkpoint) -
         torch.device("cpu"),
         identity,
         metrics,
+        lambda unit: False,
     )
     server, address = rpc.new_server("127.0.0.1")
     service.add_to(server)

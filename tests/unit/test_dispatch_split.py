@@ -15,7 +15,8 @@ from torch import Tensor
 from cluster.errors import ExpertsUnavailableError
 from cluster.head import connections
 from cluster.head.answer_times import FLOOR_S
-from cluster.head.dispatch import PlacementFeed, RemoteExperts, RemoteRows
+from cluster.head.dispatch import RemoteExperts, RemoteRows
+from cluster.head.routes import PlacementFeed
 from cluster.placement import Copy, Placement, Table, WorkerInfo, plan
 from cluster.rpc import Identity
 from model import Mixtral
