@@ -21,7 +21,7 @@ from cluster.expert.batcher import Batcher
 from cluster.expert.service import ExpertService
 from cluster.metrics import WorkerMetrics
 from cluster.security import Security
-from model.experts import ExpertWeights
+from model.experts import ExpertWeights, checksum
 from model.units import Unit
 from model.weights import Checkpoint, torch_dtype
 
@@ -81,6 +81,7 @@ class ExpertWorker:
         )
         self._checkpoint = checkpoint
         self._held: dict[Unit, ExpertWeights] = {}
+        self._checksums: dict[Unit, int] = {}
         self._loaded_bytes = 0
         self._num_wanted = 0
         self._error: str | None = None
@@ -90,20 +91,21 @@ class ExpertWorker:
         self._identity = rpc.Identity(
             settings.name, rpc.fingerprint(checkpoint.config, settings.dtype), security
         )
-        service = ExpertService(
+        self._service = ExpertService(
             Batcher(self._held, metrics),
             checkpoint.config,
             checkpoint.dtype,
             checkpoint.device,
             self._identity,
             metrics,
+            self._drop_if_damaged,
         )
         self._server, self._address = rpc.new_server(
             listen_host(settings.network.host, get_node_ip_address()),
             security,
             metrics.observe_refusal,
         )
-        self._server.add_generic_rpc_handlers((service.handler(),))
+        self._service.add_to(self._server)
         self._server.start()
         self._owner = ""
         self._epoch = 0
@@ -148,7 +150,7 @@ class ExpertWorker:
         """End this worker, unless it has passed to another owner."""
         if owner == self._owner:
             logger.info("%s: released by %r, ending", self._settings.name, owner)
-            self._server.stop(STOP_GRACE_S).wait(STOP_GRACE_S + 1)
+            self._service.end(self._server, STOP_GRACE_S)
             ray.actor.exit_actor()
 
     def _load(self, units: Sequence[Unit]) -> None:
@@ -156,6 +158,7 @@ class ExpertWorker:
         try:
             for unit in units:
                 weights = self._checkpoint.load_unit(unit)
+                self._checksums[unit] = checksum(weights)
                 self._held[unit] = weights
                 self._loaded_bytes += weights.num_bytes
         except Exception as error:
@@ -171,10 +174,17 @@ class ExpertWorker:
             time.perf_counter() - started,
         )
 
+    def _drop_if_damaged(self, unit: Unit) -> bool:
+        weights = self._held.get(unit)
+        if weights is None or checksum(weights) == self._checksums[unit]:
+            return False
+        self._held.pop(unit, None)
+        return True
+
     def _watch_lease(self) -> None:
         while (left_s := self._lease_ends - time.monotonic()) > 0:
             time.sleep(min(left_s, 0.2))
         logger.warning("%s: lease of %r is over, ending", self._settings.name, self._owner)
-        self._server.stop(STOP_GRACE_S).wait(STOP_GRACE_S + 1)
+        self._service.end(self._server, STOP_GRACE_S)
         # Not sys.exit: this is not the main thread, and Ray must see the process gone.
         os._exit(0)
