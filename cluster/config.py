@@ -129,10 +129,14 @@ class ServeConfig(BaseModel):
     knowingly."""
 
     expert_timeout_s: float = Field(default=30.0, gt=0)
-    """How long a head waits for a worker's answer before it takes the worker for lost, seconds.
-    Above the slowest honest answer: a full step on a slow CPU."""
+    """How long a head waits for a worker's answer before it takes the worker for lost, seconds, at
+    most. Above the slowest honest answer: a full step on a slow CPU. Where another copy could
+    answer, it waits eight times as long as the worker's slowest recent answer to such a call."""
     recovery_timeout_s: float = Field(default=60.0, gt=0)
-    """How long rows of a lost worker wait for the controller to start another, seconds."""
+    """How long rows that no connected worker can compute wait for one that can, seconds."""
+    cross_check_share: float = Field(default=0.001, ge=0, le=1)
+    """Share of the rows for experts with several copies that a second copy computes as well, beside
+    the answers, to find memory or a processor that has gone bad. 0: none."""
     lease_s: float = Field(default=15.0, ge=1)
     """Workers end by themselves when the controller has not renewed their lease for so long."""
 

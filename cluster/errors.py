@@ -8,6 +8,7 @@
     ├── WireError                 bytes from a peer break the protocol
     ├── HandshakeError            a peer speaks another version or serves another model
     ├── ExpertsUnavailableError   an expert worker did not answer, answered wrongly or is gone
+    │   └── CallRefusedError      ... or cannot take a call now, and is well otherwise
     ├── ExpertFailedError         an expert worker says that a call cannot be computed
     ├── BenchError                what a benchmark measures failed, so there is no number
     ├── HeadUnavailableError      no head replica can take or finish a request
@@ -58,6 +59,10 @@ class HandshakeError(MaestraleError):
 
 class ExpertsUnavailableError(MaestraleError):
     """An expert worker did not answer in time, answered wrongly or is gone."""
+
+
+class CallRefusedError(ExpertsUnavailableError):
+    """An expert worker does not hold what is asked for, or has too much to do already."""
 
 
 class ExpertFailedError(MaestraleError):

@@ -162,6 +162,27 @@ class HeadMetrics(ServerMetrics):
         self._blocks = Gauge(
             "maestrale_kv_blocks", "Blocks of the KV cache", registry=self.registry
         )
+        self._lost_workers = Counter(
+            "maestrale_expert_worker_losses",
+            "Expert workers that broke off or did not answer in time",
+            registry=self.registry,
+        )
+        self._resent_rows = Counter(
+            "maestrale_expert_rows_resent",
+            "Rows of experts that were sent again after a loss or refusal",
+            registry=self.registry,
+        )
+        self._cross_checks = Counter(
+            "maestrale_expert_cross_checks",
+            "Rows that a second copy computed too, by outcome; damaged and unexplained are alarms",
+            ["outcome"],
+            registry=self.registry,
+        )
+        self._rows_waited = Counter(
+            "maestrale_expert_rows_waited_seconds",
+            "Time that steps stood still since no worker could be asked",
+            registry=self.registry,
+        )
 
     def observe(self, stats: StepStats) -> None:
         self._tokens.inc(stats.num_tokens)
@@ -176,6 +197,19 @@ class HeadMetrics(ServerMetrics):
         self._waiting.set(stats.num_waiting)
         self._free_blocks.set(stats.num_free_blocks)
         self._blocks.set(stats.num_blocks)
+
+    def observe_lost_worker(self) -> None:
+        """A worker broke off or did not answer in time."""
+        self._lost_workers.inc()
+
+    def observe_resent(self, num_rows: int, waited_s: float) -> None:
+        """Rows of experts were sent a second time, after so long without anybody to ask."""
+        self._resent_rows.inc(num_rows)
+        self._rows_waited.inc(waited_s)
+
+    def observe_cross_check(self, outcome: str) -> None:
+        """outcome: agreed, damaged (a copy's weights had changed), unexplained or unanswered."""
+        self._cross_checks.labels(outcome).inc()
 
     def observe_idle(self, *, num_free_blocks: int) -> None:
         """No sequence is left."""
@@ -225,7 +259,7 @@ class WorkerMetrics(ServerMetrics):
         return self._row_counts.copy()
 
     def observe_call(self, outcome: str) -> None:
-        """outcome: ok, invalid, not_held or internal."""
+        """outcome: ok, invalid, not_held, busy or internal."""
         self._calls.labels(outcome).inc()
 
 

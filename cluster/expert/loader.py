@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 
 from cluster.errors import ManifestError
-from model.experts import ExpertWeights
+from model.experts import ExpertWeights, checksum
 from model.units import Unit
 
 logger = logging.getLogger(__name__)
@@ -27,6 +27,8 @@ class Loader:
         self._held = held
         self._source = source
         self._digests: dict[Unit, str] = {}
+        self._checksums: dict[Unit, int] = {}
+        """Of the units as they are held, to find out what happens to them in memory."""
         self._wanted: Sequence[Unit] = ()
         self._expected: Mapping[Unit, str] = {}
         self._lock = threading.Lock()
@@ -57,10 +59,27 @@ class Loader:
             wanted = set(units)
             for unit, digest in list(self._digests.items()):
                 if unit not in wanted or expected.get(unit, digest) != digest:
-                    del self._held[unit], self._digests[unit]
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="loader", daemon=True)
-                self._thread.start()
+                    self._drop(unit)
+            self._load_on()
+
+    def drop_if_damaged(self, unit: Unit) -> bool:
+        """Drop a unit and load it again if it is no longer what was loaded; says whether it was."""
+        weights = self._held.get(unit)
+        if weights is None or checksum(weights) == self._checksums.get(unit):
+            return False
+        with self._lock:
+            if self._held.get(unit) is weights:
+                self._drop(unit)
+                self._load_on()
+        return True
+
+    def _drop(self, unit: Unit) -> None:
+        del self._held[unit], self._digests[unit], self._checksums[unit]
+
+    def _load_on(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="loader", daemon=True)
+            self._thread.start()
 
     def _run(self) -> None:
         started = time.perf_counter()
@@ -68,7 +87,7 @@ class Loader:
         while (unit := self._next()) is not None:
             try:
                 weights, digest = self._load(unit)
-                self._take(unit, weights, digest)
+                self._take(unit, weights, digest, checksum(weights))
             except Exception as error:
                 # The loader's last word: the controller reads it from the next report.
                 logger.exception("loading %s failed", unit)
@@ -88,7 +107,7 @@ class Loader:
                 self._thread = None
             return unit
 
-    def _take(self, unit: Unit, weights: ExpertWeights, digest: str) -> None:
+    def _take(self, unit: Unit, weights: ExpertWeights, digest: str, as_held: int) -> None:
         with self._lock:
             expected = self._expected.get(unit, digest)
             if digest != expected:
@@ -97,5 +116,5 @@ class Loader:
                     f"{expected[:16]}: its file is damaged, or not the one that was loaded first"
                 )
             if unit in self._wanted:
+                self._digests[unit], self._checksums[unit] = digest, as_held
                 self._held[unit] = weights
-                self._digests[unit] = digest

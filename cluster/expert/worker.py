@@ -71,18 +71,19 @@ class ExpertWorker:
         self._identity = rpc.Identity(
             settings.name, rpc.fingerprint(checkpoint.config, settings.dtype), security
         )
-        service = ExpertService(
+        self._service = ExpertService(
             Batcher(held, metrics),
             checkpoint.config,
             checkpoint.dtype,
             checkpoint.device,
             self._identity,
             metrics,
+            self._loader.drop_if_damaged,
         )
         self._server, self._address = rpc.new_server(
             settings.network.host, security, metrics.observe_refusal
         )
-        self._server.add_generic_rpc_handlers((service.handler(),))
+        self._service.add_to(self._server)
         self._server.start()
         self._owner = ""
         self._epoch = 0
@@ -120,7 +121,7 @@ class ExpertWorker:
         """End this worker, unless it has passed to another owner."""
         if owner == self._owner:
             logger.info("%s: released by %r, ending", self._settings.name, owner)
-            self._server.stop(STOP_GRACE_S).wait(STOP_GRACE_S + 1)
+            self._service.end(self._server, STOP_GRACE_S)
             ray.actor.exit_actor()
 
     def _load(self, unit: Unit) -> tuple[ExpertWeights, str]:
@@ -132,6 +133,6 @@ class ExpertWorker:
         while (left_s := self._lease_ends - time.monotonic()) > 0:
             time.sleep(min(left_s, 0.2))
         logger.warning("%s: lease of %r is over, ending", self._settings.name, self._owner)
-        self._server.stop(STOP_GRACE_S).wait(STOP_GRACE_S + 1)
+        self._service.end(self._server, STOP_GRACE_S)
         # Not sys.exit: this is not the main thread, and Ray must see the process gone.
         os._exit(0)

@@ -19,9 +19,11 @@ from cluster import rpc
 from cluster.config import ServeConfig
 from cluster.follow import HeadReport, follow
 from cluster.head.build import new_compiler, new_engine
-from cluster.head.dispatch import PlacementFeed, RemoteExperts
+from cluster.head.cross_check import CrossCheck
+from cluster.head.dispatch import RemoteExperts
 from cluster.head.engine import Engine
 from cluster.head.probe import pass_through_every_expert
+from cluster.head.routes import PlacementFeed
 from cluster.head.service import HeadService
 from cluster.head.stopwatch import Stopwatch
 from cluster.metrics import HeadMetrics
@@ -106,6 +108,7 @@ class HeadReplica:
             attention=config.attention,
             phases=stopwatch,
         )
+        metrics = HeadMetrics()
         fingerprint = rpc.fingerprint(checkpoint.config, config.dtype)
         identity = rpc.Identity(self._name, fingerprint, security)
         experts = RemoteExperts(
@@ -114,13 +117,14 @@ class HeadReplica:
             timeout_s=config.expert_timeout_s,
             recovery_timeout_s=config.recovery_timeout_s,
             phases=stopwatch,
+            metrics=metrics,
+            cross_check=self._new_cross_check(identity, metrics),
         )
         try:
             while not experts.connect(timeout_s=1.0):
                 if self._is_stopping.is_set():
                     return
             pass_through_every_expert(decoder, experts)
-            metrics = HeadMetrics()
             grammars = new_compiler(checkpoint)
             self._engine = new_engine(config, decoder, experts, metrics, grammars, stopwatch)
             service = HeadService(self._engine, identity, metrics, grammars)
@@ -134,6 +138,13 @@ class HeadReplica:
             self._engine.run()
         finally:
             experts.close()
+
+    def _new_cross_check(self, identity: rpc.Identity, metrics: HeadMetrics) -> CrossCheck | None:
+        """None where it is not wanted, or copies differ since they are held in different forms."""
+        share = self._config.cross_check_share
+        if not share or len(set(self._config.worker_quantization)) > 1:
+            return None
+        return CrossCheck(identity, metrics, share=share)
 
     def _say(self, report: HeadReport) -> None:
         """Tell the controller at once, rather than with the next call of `follow`."""
