@@ -9,6 +9,7 @@ import logging
 import os
 import threading
 import time
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -53,13 +54,14 @@ class HeadReplica:
         self._controller = controller
         self._report = HeadReport(self._name)
         self._feed = PlacementFeed()
+        self._epoch = 0
         self._is_stopping = threading.Event()
         self._engine: Engine | None = None
         self._service: HeadService | None = None
         self._server: grpc.Server | None = None
         self._loop = asyncio.get_running_loop()
         self._follower = asyncio.create_task(
-            follow(controller, self._on_view, lambda: self._report)
+            follow(controller, self._on_view, lambda: replace(self._report, epoch=self._epoch))
         )
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -100,6 +102,7 @@ class HeadReplica:
     def _on_view(self, view: ClusterView) -> None:
         if view.placement is not None:
             self._feed.put(view.placement)
+            self._epoch = view.placement.epoch  # the engine adopts it before it sends anything
 
     def _run(self) -> None:
         """The engine thread's life."""
@@ -176,7 +179,7 @@ class HeadReplica:
 
     async def _tell(self, report: HeadReport) -> None:
         try:
-            await self._controller.watch.remote(-1, report)
+            await self._controller.watch.remote(-1, replace(report, epoch=self._epoch))
         except Exception as error:
             # `follow` repeats the report with its next call.
             logger.info("%s: the controller did not take the report: %r", self._name, error)
