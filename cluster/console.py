@@ -1,7 +1,9 @@
 """What the command line shows to people: progress, tables, a story. Decides nothing."""
 
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
 
 from rich.console import Console
 from rich.table import Table
@@ -11,7 +13,7 @@ from cluster.schema import Readiness
 from model.progress import Progress
 
 if TYPE_CHECKING:
-    from cluster.client import Client
+    from cluster.client import Client, Sample
     from model.inspect import Inspection
 
 console = Console(highlight=False, soft_wrap=True)
@@ -20,7 +22,7 @@ errors = Console(highlight=False, soft_wrap=True, stderr=True)
 STORY_PROMPT = "Once upon a time"
 # A story that ends well. In float32 it is the same on every machine.
 STORY_SAMPLING: dict[str, Any] = {"temperature": 0.5, "top_p": 0.95, "seed": 8}
-STORY_DTYPE = "float32"
+STORY_DTYPE: Final = "float32"
 
 
 class BytesLine:
@@ -41,6 +43,21 @@ class BytesLine:
             self._shown_s = elapsed_s
             line = f"\r{self._what}: {self._progress}   "
             errors.print(line, end="\n" if is_last else "")
+
+
+def print_certificates(folder: Path, written: list[Path]) -> None:
+    """What was written where, and what it takes to use it."""
+    for path in written:
+        console.print(f"wrote {path}")
+    if not written:
+        console.print(f"{folder} is complete: nothing was written")
+    console.print(
+        f"In the configuration: tls_folder: {folder.absolute()}\n"
+        "Copy ca.pem, ROLE.pem and ROLE-key.pem of the roles that run there to each node (ingress, "
+        "head, worker), and keep ca-key.pem off the nodes: whoever has it can make identities.\n"
+        "To renew one, delete its two files and run this again; processes take new files with "
+        "their next connection."
+    )
 
 
 def size(num_bytes: float) -> str:
@@ -133,15 +150,12 @@ def tell_story(client: "Client", max_tokens: int) -> None:
     )
 
 
-def print_rows(exposition: str) -> None:
+def print_rows(metrics: Iterable["Sample"]) -> None:
     """Rows that each worker has computed, the probe of every expert included."""
-    from prometheus_client.parser import text_string_to_metric_families
-
     rows: dict[str, int] = {}
-    for family in text_string_to_metric_families(exposition):
-        for sample in family.samples:
-            if sample.name == "maestrale_expert_rows_total":
-                worker = sample.labels["process"]
-                rows[worker] = rows.get(worker, 0) + int(sample.value)
+    for sample in metrics:
+        if sample.name == "maestrale_expert_rows_total":
+            worker = sample.labels["process"]
+            rows[worker] = rows.get(worker, 0) + int(sample.value)
     for worker, count in sorted(rows.items()):
         console.print(f"{worker} computed {count:,} rows")

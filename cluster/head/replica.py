@@ -6,6 +6,7 @@ Serve. Loading happens on the engine's thread, so that the replica answers Serve
 
 import asyncio
 import logging
+import os
 import threading
 import time
 from typing import Any
@@ -13,9 +14,10 @@ from typing import Any
 import grpc
 import torch
 from ray import serve
+from ray.util import get_node_ip_address
 
 from cluster import rpc
-from cluster.config import ServeConfig
+from cluster.config import ServeConfig, listen_host
 from cluster.follow import HeadReport, follow
 from cluster.head.build import new_compiler, new_engine
 from cluster.head.dispatch import PlacementFeed, RemoteExperts
@@ -25,6 +27,7 @@ from cluster.head.service import HeadService
 from cluster.head.stopwatch import Stopwatch
 from cluster.metrics import HeadMetrics
 from cluster.placement import ClusterView
+from cluster.security import Security
 from model.decoder import Decoder
 from model.weights import Checkpoint, torch_dtype
 from protos import head_pb2_grpc
@@ -107,6 +110,7 @@ class HeadReplica:
 
     def _serve(self) -> None:
         config = self._config
+        security = Security.load(config.network, "head", os.environ)
         torch.set_num_threads(config.head_threads)
         checkpoint = Checkpoint(
             config.checkpoint_folder(),
@@ -121,7 +125,8 @@ class HeadReplica:
             attention=config.attention,
             phases=stopwatch,
         )
-        identity = rpc.Identity(self._name, rpc.fingerprint(checkpoint.config, config.dtype))
+        fingerprint = rpc.fingerprint(checkpoint.config, config.dtype)
+        identity = rpc.Identity(self._name, fingerprint, security)
         experts = RemoteExperts(
             self._feed,
             identity,
@@ -138,7 +143,11 @@ class HeadReplica:
             grammars = new_compiler(checkpoint)
             self._engine = new_engine(config, decoder, experts, metrics, grammars, stopwatch)
             self._service = HeadService(self._engine, identity, metrics, grammars)
-            self._server, address = rpc.new_server(config.data_plane_host)
+            self._server, address = rpc.new_server(
+                listen_host(config.data_plane_host, get_node_ip_address()),
+                security,
+                metrics.observe_refusal,
+            )
             head_pb2_grpc.add_HeadServicer_to_server(self._service, self._server)
             self._server.start()
             self._say(HeadReport(self._name, address=address))

@@ -35,11 +35,6 @@ _TICKS = 5
 process itself was stopped, and blame the head for it."""
 
 
-def plain_channel(address: str) -> grpc.aio.Channel:
-    """A channel to a head that is not encrypted."""
-    return grpc.aio.insecure_channel(address, options=rpc.CHANNEL_OPTIONS)
-
-
 class HeadConnection:
     """One stream to one head, for all requests that this ingress sends there."""
 
@@ -50,7 +45,7 @@ class HeadConnection:
         *,
         silent_after_s: float,
         on_change: Callable[[], None],
-        open_channel: OpenChannel = plain_channel,
+        open_channel: OpenChannel,
     ) -> None:
         """Starts connecting; must be created on the event loop.
 

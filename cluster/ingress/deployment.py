@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -13,12 +14,14 @@ from cluster import rpc
 from cluster.config import ServeConfig
 from cluster.follow import follow
 from cluster.ingress.api import create_app
+from cluster.ingress.auth import Access, read_api_keys
 from cluster.ingress.heads import HeadPool
 from cluster.ingress.journal import Journal
 from cluster.ingress.prepare import ApiSettings
 from cluster.metrics import IngressMetrics, merge
 from cluster.placement import ClusterView
 from cluster.schema import Readiness, WorkerStatus
+from cluster.security import Security
 from model.chat import ChatFormat
 from model.config import MixtralConfig
 from model.generation_defaults import GenerationDefaults
@@ -45,7 +48,8 @@ class Ingress:
         tokenizer = Tokenizer.from_folder(folder)
         metrics = IngressMetrics()
         name = f"ingress-{serve.get_replica_context().replica_id.unique_id}"
-        identity = rpc.Identity(name, rpc.fingerprint(model, config.dtype))
+        security = Security.load(config.network, "ingress", os.environ)
+        identity = rpc.Identity(name, rpc.fingerprint(model, config.dtype), security)
         self._app = create_app(
             Cluster(
                 controller,
@@ -56,7 +60,7 @@ class Ingress:
                     wait_s=config.head_wait_s,
                 ),
                 metrics,
-                name,
+                identity,
             ),
             tokenizer,
             ChatFormat.from_folder(folder, tokenizer),
@@ -72,8 +76,14 @@ class Ingress:
                 num_drafts=config.num_drafts,
                 max_concurrent_requests=-(-config.max_concurrent_requests // config.num_ingresses),
                 max_body_bytes=config.max_body_bytes,
+                sse_keep_alive_s=config.sse_keep_alive_s,
             ),
             metrics,
+            Access.with_keys(
+                read_api_keys(config.api_keys_file, os.environ),
+                allow_open=config.allow_open_http,
+                allowed_origins=config.allowed_origins,
+            ),
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -84,12 +94,12 @@ class Cluster:
     """The API's engine: the heads, as the controller last told. Owned by the event loop."""
 
     def __init__(
-        self, controller: Any, heads: HeadPool, metrics: IngressMetrics, name: str
+        self, controller: Any, heads: HeadPool, metrics: IngressMetrics, identity: rpc.Identity
     ) -> None:
         self._controller = controller
         self._heads = heads
         self._metrics = metrics
-        self._name = name
+        self._identity = identity
         self._view: ClusterView | None = None
 
     @asynccontextmanager
@@ -154,9 +164,12 @@ class Cluster:
             workers = view.placement.workers if view.placement else ()
             peers += [(worker.name, worker.address, rpc.EXPERT_SERVICE) for worker in workers]
         texts = await asyncio.gather(
-            *(rpc.scrape(address, service) for _, address, service in peers)
+            *(
+                rpc.scrape(address, service, self._identity.security)
+                for _, address, service in peers
+            )
         )
-        own = {self._name: self._metrics.exposition()}
+        own = {self._identity.name: self._metrics.exposition()}
         return merge(own | {name: text for (name, _, _), text in zip(peers, texts, strict=True)})
 
     def _on_view(self, view: ClusterView) -> None:

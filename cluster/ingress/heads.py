@@ -9,11 +9,12 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from functools import partial
 
 from cluster import rpc
 from cluster.errors import HeadUnavailableError
 from cluster.ingress.choice import block_keys, cost
-from cluster.ingress.connection import HeadConnection, OpenChannel, plain_channel
+from cluster.ingress.connection import HeadConnection, OpenChannel
 from cluster.ingress.journal import Journal
 from cluster.ingress.tries import Tries
 from cluster.metrics import IngressMetrics
@@ -35,7 +36,7 @@ class HeadPool:
         *,
         silent_after_s: float,
         wait_s: float,
-        open_channel: OpenChannel = plain_channel,
+        open_channel: OpenChannel | None = None,
     ) -> None:
         """silent_after_s: from which silence of a head on it counts as lost.
         wait_s: how long a request waits for a head when there is none.
@@ -44,7 +45,9 @@ class HeadPool:
         self._metrics = metrics
         self._silent_after_s = silent_after_s
         self._wait_s = wait_s
-        self._open_channel = open_channel
+        self._open_channel = open_channel or partial(
+            rpc.new_aio_channel, security=identity.security, to="head"
+        )
         self._heads: Sequence[HeadInfo] = ()
         self._connections: dict[HeadInfo, HeadConnection] = {}
         self._resting: set[HeadInfo] = set()

@@ -66,7 +66,7 @@ def test_a_killed_worker_is_replaced_and_the_stream_goes_on(
     """Runs on the shared service: it must be as good as new afterwards."""
     expected = mixtral.generate(PROMPT, max_tokens=400)
     with service.client() as client:
-        before = client.ready()
+        before = client.cluster.status()
         assert len(before.workers) == 2
         victim = faults.listener(service.process.pid, before.workers[1].address)
         text = ""
@@ -78,7 +78,10 @@ def test_a_killed_worker_is_replaced_and_the_stream_goes_on(
                 if index == 5:
                     faults.kill(victim)
         assert text == expected
-        until(lambda: client.ready().epoch == before.epoch + 1, "the placement after the kill")
+        until(
+            lambda: client.cluster.status().epoch == before.epoch + 1,
+            "the placement after the kill",
+        )
 
 
 def test_a_port_in_use_is_said_before_anything_starts() -> None:
@@ -126,7 +129,7 @@ def test_quantised_workers_hold_a_fraction_and_a_quantised_head_still_answers() 
     service = Service.start("--experts", "int4", "--attention-weights", "int8")
     try:
         with service.client() as client:
-            held = sum(worker.num_bytes for worker in client.ready().workers)
+            held = sum(worker.num_bytes for worker in client.cluster.status().workers)
             question = [{"role": "user", "content": "What does a cow say?"}]
             answer = client.chat.completions.create(messages=question, temperature=0)
     finally:

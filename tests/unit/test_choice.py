@@ -1,95 +1,158 @@
-"""Which head a request goes to."""
+"""Rows go to copies that can be asked, every row to all parts of its expert once, and evenly."""
 
+from collections import Counter
+from itertools import product
+
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.ingress.choice import (
-    BLOCK_TOKENS,
-    TOKENS_PER_REQUEST,
-    PrefixMemory,
-    Standing,
-    block_keys,
-    cost,
-)
+from cluster.head.choice import choose, options, split
+from cluster.placement import Copy
+from model.experts import Assignments, assign
+from model.router import Routing
+from model.units import Unit
 
-IDLE = Standing(num_requests=0, num_waiting=0, num_free_tokens=10_000, num_shared=0)
-COUNT = st.integers(0, 500)
-STANDING = st.builds(Standing, COUNT, COUNT, st.integers(0, 2_000), st.just(0))
+WHOLE = Unit(0, 3)
+WORKERS = range(4)
 
 
-def test_the_one_with_fewer_requests_costs_less() -> None:
-    assert cost(IDLE, 100) < cost(Standing(1, 0, 10_000, 0), 100)
+def busiest(rows: list[int], chosen: list[Copy]) -> float:
+    load: Counter[int] = Counter()
+    for count, copy in zip(rows, chosen, strict=True):
+        for worker in copy:
+            load[worker] += count / len(copy)  # type: ignore[assignment]
+    return max(load.values())
 
 
-def test_a_queue_costs_more_than_the_same_requests_running() -> None:
-    assert cost(Standing(8, 0, 10_000, 0), 100) < cost(Standing(8, 3, 10_000, 0), 100)
+# --- which copies can be asked ---
 
 
-def test_a_shared_beginning_makes_up_for_some_neighbours_but_not_for_many() -> None:
-    shared = 4 * TOKENS_PER_REQUEST
-    for num_requests, wins in ((3, True), (5, False)):
-        warm = Standing(num_requests, 0, 10_000, shared)
-        assert (cost(warm, 500) < cost(IDLE, 500)) == wins
+def test_a_whole_expert_may_be_computed_by_any_complete_copy() -> None:
+    copies = [(0,), (1, 2), (3,)]
+    assert options(WHOLE, copies, WORKERS) == [(0,), (3,), (1, 2)]
+    assert options(WHOLE, copies, {1, 2, 3}) == [(3,), (1, 2)]
+    assert options(WHOLE, copies, {0, 1}) == [(0,)]
+    assert options(WHOLE, copies, {2}) == []
 
 
-def test_room_comes_before_everything_else() -> None:
-    full = Standing(0, 0, num_free_tokens=50, num_shared=0)
-    busy = Standing(60, 0, num_free_tokens=100, num_shared=0)
-    assert cost(busy, 100) < cost(full, 100)
-    # what is there already needs no room
-    assert cost(Standing(0, 0, 50, num_shared=64), 100) < cost(busy, 100)
+def test_slices_of_several_copies_make_one_where_none_is_complete() -> None:
+    copies = [(0, 1), (2, 3)]
+    assert options(WHOLE, copies, WORKERS) == [(0, 1), (2, 3)]
+    assert options(WHOLE, copies, {0, 3}) == [(0, 3)]
+    assert options(WHOLE, copies, {0, 2}) == []
 
 
-@given(standing=STANDING, num_tokens=st.integers(1, 2_000), more=st.integers(1, 100))
-def test_it_never_pays_to_be_busier_fuller_or_colder(
-    standing: Standing, num_tokens: int, more: int
-) -> None:
-    worse = Standing(
-        standing.num_requests + more,
-        standing.num_waiting,
-        standing.num_free_tokens - more,
-        standing.num_shared,
-    )
-    warmer = Standing(standing.num_requests, standing.num_waiting, standing.num_free_tokens, more)
-    assert cost(warmer, num_tokens) < cost(standing, num_tokens) < cost(worse, num_tokens)
-
-
-# --- what is remembered of a head ---
-
-IDS = list(range(10 * BLOCK_TOKENS))
-
-
-def test_as_many_tokens_are_shared_as_begin_alike() -> None:
-    memory = PrefixMemory(10_000)
-    memory.remember(block_keys(IDS, ""))
-    for num_alike in (0, 1, BLOCK_TOKENS, 3 * BLOCK_TOKENS + 5, len(IDS)):
-        other = [*IDS[:num_alike], *(499 for _ in range(40))]
-        whole_blocks = num_alike // BLOCK_TOKENS * BLOCK_TOKENS
-        assert memory.num_shared(block_keys(other, "")) == whole_blocks
-
-
-def test_another_salt_shares_nothing() -> None:
-    memory = PrefixMemory(10_000)
-    memory.remember(block_keys(IDS, "mine"))
-    assert memory.num_shared(block_keys(IDS, "mine")) == len(IDS)
-    assert memory.num_shared(block_keys(IDS, "")) == 0
-
-
-def test_the_same_tokens_after_others_are_not_the_same() -> None:
-    keys = block_keys([*IDS[:BLOCK_TOKENS], *IDS[:BLOCK_TOKENS]], "")
-    assert len(set(keys)) == 2
+def test_a_slice_is_computed_by_the_same_slice_only() -> None:
+    copies = [(0,), (1, 2), (3, 0), (0, 1, 2)]
+    assert options(Unit(0, 3, 1, 2), copies, WORKERS) == [(2,), (0,)]
+    assert options(Unit(0, 3, 1, 2), copies, {1, 3}) == []
+    assert options(Unit(0, 3, 0, 4), copies, WORKERS) == []
 
 
 @given(
-    prompts=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 200)), max_size=20),
-    num_tokens=st.integers(0, 400),
+    copies=st.lists(st.lists(st.sampled_from(WORKERS), min_size=1, max_size=3, unique=True)),
+    may_ask=st.sets(st.sampled_from(WORKERS)),
 )
-def test_no_more_is_remembered_than_the_head_holds_and_the_newest_stays(
-    prompts: list[tuple[int, int]], num_tokens: int
+def test_options_hold_every_slice_and_ask_nobody_else(
+    copies: list[list[int]], may_ask: set[int]
 ) -> None:
-    memory = PrefixMemory(num_tokens)
-    for start, length in prompts:
-        keys = block_keys(range(start, start + length), "")
-        memory.remember(keys)
-        assert len(memory) <= num_tokens // BLOCK_TOKENS
-        assert memory.num_shared(keys) == min(len(keys), num_tokens // BLOCK_TOKENS) * BLOCK_TOKENS
+    found = options(WHOLE, [tuple(copy) for copy in copies], may_ask)
+    for option in found:
+        assert set(option) <= may_ask
+        for number, worker in enumerate(option):
+            assert any(len(copy) == len(option) and copy[number] == worker for copy in copies)
+    assert bool(found) == any(
+        all(any(len(c) == n and c[number] in may_ask for c in copies) for number in range(n))
+        for n in (1, 2, 3)
+    )
+
+
+# --- which of them are ---
+
+
+@given(
+    experts=st.lists(
+        st.tuples(
+            st.integers(1, 40),
+            st.lists(
+                st.lists(st.sampled_from(WORKERS), min_size=1, max_size=2, unique=True).map(tuple),
+                min_size=1,
+                max_size=2,
+                unique=True,
+            ),
+        ),
+        min_size=1,
+        max_size=6,
+    )
+)
+def test_the_busiest_worker_is_as_little_busy_as_can_be(
+    experts: list[tuple[int, list[Copy]]],
+) -> None:
+    rows = [count for count, _ in experts]
+    chosen = choose(experts)
+    assert all(copy in copies for copy, (_, copies) in zip(chosen, experts, strict=True))
+    best = min(busiest(rows, list(each)) for each in product(*(copies for _, copies in experts)))
+    workers = {worker for _, copies in experts for copy in copies for worker in copy}
+    even = sum(rows) / len(workers)
+    assert busiest(rows, chosen) <= best + max(1, even / 16) + 1e-9
+    assert chosen == choose(experts)
+
+
+def test_many_experts_with_many_copies_are_spread_evenly() -> None:
+    """Far more choices than there are steps."""
+    rows = [50, 3, 8, 1, 20, 20, 7, 13] * 4
+    copies = [(0,), (1,), (2,), (3,)]
+    chosen = choose([(count, copies) for count in rows])
+    assert busiest(rows, chosen) <= 1.05 * sum(rows) / 4
+
+
+def test_two_experts_of_one_row_go_to_two_workers() -> None:
+    assert choose([(1, [(0,), (1,)]), (1, [(0,), (1,)])]) == [(0,), (1,)]
+    assert choose([(1, [(0,)]), (1, [(0,), (1,)])]) == [(0,), (1,)]
+    assert choose([]) == []
+
+
+# --- splitting ---
+
+
+def triples(assignments: Assignments) -> list[tuple[Unit, int, float]]:
+    """(unit, row, weight) of each assignment."""
+    units = [unit for unit, count in assignments.counts for _ in range(count)]
+    rows, weights = assignments.rows_A.tolist(), assignments.weights_A.tolist()
+    return list(zip(units, rows, weights, strict=True))
+
+
+@given(
+    copies=st.lists(
+        st.lists(st.sampled_from(WORKERS), min_size=1, max_size=3, unique=True).map(tuple),
+        min_size=8,
+        max_size=8,
+    ),
+    num_rows=st.integers(1, 20),
+    top_k=st.integers(1, 4),
+    seed=st.integers(0, 2**30),
+)
+def test_every_assignment_goes_once_to_each_slice_of_its_copy(
+    copies: list[Copy], num_rows: int, top_k: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scores_TE = torch.rand(num_rows, 8, generator=generator)
+    weights_TK = torch.rand(num_rows, top_k, generator=generator)
+    assignments = assign(0, Routing(scores_TE.argsort(dim=1)[:, :top_k], weights_TK))
+    parts = split(assignments, [copies[unit.expert_id] for unit, _ in assignments.counts])
+    assert [worker for worker, _ in parts] == sorted({worker for worker, _ in parts})
+    sent = Counter((worker, triple) for worker, mine in parts for triple in triples(mine))
+    expected = Counter(
+        (
+            worker,
+            (Unit(0, unit.expert_id, number, len(copies[unit.expert_id])), row, weight),
+        )
+        for unit, row, weight in triples(assignments)
+        for number, worker in enumerate(copies[unit.expert_id])
+    )
+    assert sent == expected
+    for _, mine in parts:
+        units = [unit for unit, _ in mine.counts]
+        assert units == sorted(set(units))
+        assert all(count > 0 for _, count in mine.counts)
