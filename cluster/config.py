@@ -178,8 +178,10 @@ class ServeConfig(BaseModel):
     head_wait_s: float = Field(default=60.0, gt=0)
     """How long a request waits for a head when there is none, seconds. Above the time that Serve
     takes to start a head anew."""
-    lease_s: float = Field(default=15.0, ge=1)
-    """Workers end by themselves when the controller has not renewed their lease for so long."""
+    lease_s: float = Field(default=60.0, ge=1)
+    """Workers end by themselves when the controller has not renewed their lease for so long. Above
+    the time that Serve takes to start a controller anew, also on a busy machine: streams go on
+    without one, but not without workers."""
 
     @model_validator(mode="before")
     @classmethod
@@ -251,8 +253,9 @@ class ServeConfig(BaseModel):
 
     @property
     def lease_renewal_s(self) -> float:
-        """How often the controller renews: three times within a lease."""
-        return self.lease_s / 3
+        """Within which the controller renews, and a worker answers: three times within a lease, and
+        soon enough to notice a worker that hangs."""
+        return min(5.0, self.lease_s / 3)
 
     def checkpoint_folder(self) -> Path:
         """The folder to load from. Raises CheckpointError when there is no such model."""

@@ -133,7 +133,7 @@ class Cluster:
         placement, num_ready = view.placement, self._heads.num_ready
         # A head that was lost just now is still listed: requests wait for the next. One that the
         # controller does not list, since it has just started anew, still computes.
-        is_ready = placement is not None and (num_ready > 0 or len(view.heads) > 0)
+        is_ready = view.is_ready or (placement is not None and num_ready > 0)
         phase, percent = ("ready", 100) if is_ready else (view.phase, view.percent)
         return Readiness(
             ready=is_ready,

@@ -8,6 +8,7 @@ import pytest
 from cluster.ingress.deployment import Cluster
 from cluster.metrics import IngressMetrics
 from cluster.placement import ClusterView, HeadInfo, Placement
+from cluster.rpc import Identity
 
 PLACED = Placement(3, (), ())
 HEADS = (HeadInfo("head", "a:1"),)
@@ -28,7 +29,7 @@ class Pool:
 def cluster(num_ready: int) -> tuple[Cluster, Pool]:
     pool = Pool(num_ready)
     heads: Any = pool
-    return Cluster(None, heads, IngressMetrics(), "ingress"), pool
+    return Cluster(None, heads, IngressMetrics(), Identity("ingress", "tiny")), pool
 
 
 def test_before_any_news_nothing_is_ready() -> None:
