@@ -193,8 +193,10 @@ class ServeConfig(BaseModel):
     cross_check_share: float = Field(default=0.001, ge=0, le=1)
     """Share of the rows for experts with several copies that a second copy computes as well, beside
     the answers, to find memory or a processor that has gone bad. 0: none."""
-    lease_s: float = Field(default=15.0, ge=1)
-    """Workers end by themselves when the controller has not renewed their lease for so long."""
+    lease_s: float = Field(default=60.0, ge=1)
+    """Workers end by themselves when the controller has not renewed their lease for so long. Above
+    the time that Serve takes to start a controller anew, also on a busy machine: streams go on
+    without one, but not without workers."""
 
     @model_validator(mode="before")
     @classmethod
@@ -266,8 +268,9 @@ class ServeConfig(BaseModel):
 
     @property
     def lease_renewal_s(self) -> float:
-        """How often the controller renews: three times within a lease."""
-        return self.lease_s / 3
+        """Within which the controller renews, and a worker answers: three times within a lease, and
+        soon enough to notice a worker that hangs."""
+        return min(5.0, self.lease_s / 3)
 
     def checkpoint_folder(self) -> Path:
         """The folder to load from. Raises CheckpointError when there is no such model."""

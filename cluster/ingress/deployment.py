@@ -131,14 +131,14 @@ class Cluster:
                 workers=[],
             )
         placement, num_ready = view.placement, self._heads.num_ready
-        is_ready = placement is not None and num_ready > 0
-        phase = view.phase
-        if view.is_ready and not is_ready:
-            phase = "waiting for a head replica"  # which the controller still, or only, knows
+        # A head that was lost just now is still listed: requests wait for the next. One that the
+        # controller does not list, since it has just started anew, still computes.
+        is_ready = view.is_ready or (placement is not None and num_ready > 0)
+        phase, percent = ("ready", 100) if is_ready else (view.phase, view.percent)
         return Readiness(
             ready=is_ready,
             phase=phase,
-            percent=view.percent,
+            percent=percent,
             error=view.error,
             epoch=placement.epoch if placement else 0,
             heads_ready=num_ready,

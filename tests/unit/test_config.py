@@ -115,6 +115,7 @@ def test_settings_cannot_be_changed() -> None:
 
 def test_a_lease_is_renewed_three_times_before_it_ends() -> None:
     assert ServeConfig(lease_s=12).lease_renewal_s == 4
+    assert ServeConfig(lease_s=600).lease_renewal_s == 5
 
 
 # --- which model ---
