@@ -10,6 +10,7 @@ import torch
 from cluster import rpc, wire
 from cluster.errors import WireError
 from cluster.expert.batcher import Batcher, NotHeldError
+from cluster.log import RareWarnings
 from cluster.metrics import WorkerMetrics
 from model.config import MixtralConfig
 from protos import expert_pb2, peer_pb2
@@ -35,6 +36,7 @@ class ExpertService:
         self._device = device
         self._identity = identity
         self._metrics = metrics
+        self._warnings = RareWarnings(logger)
 
     def handler(self) -> grpc.GenericRpcHandler:
         """The service for a gRPC server. Compute's messages pass as raw bytes, for `wire`."""
@@ -68,7 +70,7 @@ class ExpertService:
         try:
             call = wire.decode_call(message, self._config, self._dtype)
         except WireError as error:
-            logger.warning("%s: refused a call from %s: %s", self._identity.name, peer, error)
+            self._warnings.warn("invalid", f"{self._identity.name}: refused {peer}'s call: {error}")
             self._metrics.observe_call("invalid")
             return wire.encode_error(
                 wire.call_id_of(message), incarnation, expert_pb2.ERROR_INVALID, str(error)
