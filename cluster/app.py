@@ -68,7 +68,11 @@ def build(config: ServeConfig) -> serve.Application:
         name="HeadReplica",
         num_replicas=config.num_heads,
         max_ongoing_requests=_MANY,
-        ray_actor_options={"num_cpus": config.head_cpus, "num_gpus": config.head_gpus},
+        ray_actor_options={
+            "num_cpus": config.head_cpus,
+            "num_gpus": config.head_gpus,
+            "resources": config.head_resources,
+        },
         health_check_period_s=5,
         graceful_shutdown_timeout_s=20,
     )(HeadReplica).bind(config, controller)
@@ -164,7 +168,7 @@ def _wait_until_ready(client: Client, on_phase: OnPhase) -> None:
         application = serve.status().applications[APP_NAME]
         has_failed = application.status == ApplicationStatus.DEPLOY_FAILED
         try:
-            readiness = client.ready()
+            readiness = client.cluster.status()
         except APIError as error:
             # the proxy listens before the ingress is there
             if has_failed:
@@ -240,6 +244,7 @@ def _ray(address: str | None, config: ServeConfig, *, verbose: bool) -> Iterator
         ray.init(
             # Ray counts what it is told: as many processes as asked for must fit on this machine
             num_cpus=max(os.cpu_count() or 1, math.ceil(_cpus_wanted(config))),
+            resources=_resources_wanted(config),
             include_dashboard=False,
             log_to_driver=verbose,
             logging_level=logging_level,
@@ -259,6 +264,18 @@ def _ray(address: str | None, config: ServeConfig, *, verbose: bool) -> Iterator
 
 def _cpus_wanted(config: ServeConfig) -> float:
     return config.num_workers * config.worker_cpus + config.num_heads * config.head_cpus
+
+
+def _resources_wanted(config: ServeConfig) -> dict[str, float]:
+    """The custom resources of all heads and workers: on one machine they all are this node's."""
+    wanted: dict[str, float] = {}
+    for each, count in (
+        (config.head_resources, config.num_heads),
+        (config.worker_resources, config.num_workers),
+    ):
+        for name, amount in each.items():
+            wanted[name] = wanted.get(name, 0) + count * amount
+    return wanted
 
 
 def _stop_serving() -> None:

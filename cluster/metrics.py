@@ -4,7 +4,7 @@ Each process keeps a registry of its own; the ingress merges the texts of all (`
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -20,6 +20,7 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from model.phases import Phase
+from model.units import Unit
 
 logger = logging.getLogger(__name__)
 
@@ -209,11 +210,11 @@ class WorkerMetrics(ServerMetrics):
             "maestrale_expert_compute_seconds", "Time spent computing", registry=self.registry
         )
 
-    def observe_pass(self, layer: int, rows_by_expert: Mapping[int, int], seconds: float) -> None:
-        """One grouped computation of a layer's experts, possibly for several calls."""
-        for expert_id, rows in rows_by_expert.items():
-            self._rows.labels(str(layer), str(expert_id)).inc(rows)
-        self._passes.inc(len(rows_by_expert))
+    def observe_pass(self, counts: Iterable[tuple[Unit, int]], seconds: float) -> None:
+        """One grouped computation of some rows for each unit, possibly for several calls."""
+        for unit, num_rows in counts:
+            self._rows.labels(str(unit.layer), str(unit.expert_id)).inc(num_rows)
+            self._passes.inc()
         self._seconds.inc(seconds)
 
     def observe_call(self, outcome: str) -> None:
@@ -245,6 +246,17 @@ class IngressMetrics(Registry):
         self.in_progress = Gauge(
             "maestrale_requests_in_progress", "Completions in progress", registry=self.registry
         )
+
+        self._replays = Counter(
+            "maestrale_replays",
+            "Requests that another head went on with, by what became of the one before",
+            ["cause"],
+            registry=self.registry,
+        )
+
+    def observe_replay(self, cause: str) -> None:
+        """cause: lost, failed or moved."""
+        self._replays.labels(cause).inc()
 
     def observe_request(self, endpoint: str, status: int, seconds: float) -> None:
         self._requests.labels(endpoint, str(status)).inc()

@@ -5,7 +5,8 @@ from cluster.expert.batcher import Batcher
 from cluster.expert.service import ExpertService
 from cluster.head.dispatch import PlacementFeed, RemoteExperts
 from cluster.metrics import WorkerMetrics
-from cluster.placement import Placement, Table, WorkerInfo, held_by, plan
+from cluster.placement import Placement, Table, WorkerInfo
+from cluster.planning import plan
 from cluster.security import Security
 from model.weights import Checkpoint
 
@@ -31,7 +32,7 @@ class WorkerServer:
     def __init__(
         self, name: str, checkpoint: Checkpoint, security: Security = rpc.LOOPBACK_ONLY
     ) -> None:
-        held = checkpoint.load_experts(held_by(table_of(checkpoint, 1), 0))
+        held = checkpoint.load_experts(checkpoint.config.expert_units)
         self.metrics = WorkerMetrics()
         self.identity = rpc.Identity(
             name, rpc.fingerprint(checkpoint.config, dtype_name(checkpoint)), security
