@@ -41,7 +41,7 @@ class Network:
 
     host: str = "127.0.0.1"
     tls_folder: Path | None = None
-    cluster_token: Path | Literal["environment"] | None = None
+    cluster_token_from: Path | Literal["environment"] | None = None
     allow_plaintext: bool = False
 
 
@@ -169,7 +169,7 @@ class ServeConfig(BaseModel):
     tls_folder: Path | None = None
     """Folder made by `maestrale certs`, for mutual TLS between ingresses, heads and workers. Each
     node needs ca.pem in it, and certificate and key of the roles that run there."""
-    cluster_token: Path | Literal["environment"] | None = None
+    cluster_token_from: Path | Literal["environment"] | None = None
     """File with a secret that ingresses, heads and workers show each other, at the same path on
     every node; or `environment`, which takes MAESTRALE_CLUSTER_TOKEN of each process. Without TLS:
     it keeps strangers out, but crosses the network in the clear like all else."""
@@ -216,14 +216,18 @@ class ServeConfig(BaseModel):
             raise ValueError(
                 f"data_plane_host {host!r} is no IP address, nor {THE_NODES_OWN!r}"
             ) from error
-        if self.tls_folder and self.cluster_token:
-            raise ValueError("tls_folder and cluster_token exclude each other: TLS does it all")
-        if not (is_safe or self.tls_folder or self.cluster_token or self.allow_plaintext_network):
+        if self.tls_folder and self.cluster_token_from:
+            raise ValueError(
+                "tls_folder and cluster_token_from exclude each other: TLS does it all"
+            )
+        if not (
+            is_safe or self.tls_folder or self.cluster_token_from or self.allow_plaintext_network
+        ):
             raise ValueError(
                 f"data_plane_host {self.data_plane_host} is not loopback: tokens and activations "
                 "would cross the network in the clear, and anybody could connect. Set tls_folder "
-                "(`maestrale certs` fills one), or cluster_token, or allow_plaintext_network: true "
-                "if that network is yours alone"
+                "(`maestrale certs` fills one), cluster_token_from, or, if that network is yours "
+                "alone, allow_plaintext_network: true"
             )
         return self
 
@@ -263,7 +267,10 @@ class ServeConfig(BaseModel):
     def network(self) -> Network:
         """What a process needs to know of the data plane."""
         return Network(
-            self.data_plane_host, self.tls_folder, self.cluster_token, self.allow_plaintext_network
+            self.data_plane_host,
+            self.tls_folder,
+            self.cluster_token_from,
+            self.allow_plaintext_network,
         )
 
     @property

@@ -13,6 +13,7 @@ from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
 from cluster import rpc, wire
 from cluster.errors import WireError
 from cluster.expert.batcher import Batcher, BusyError, NotHeldError
+from cluster.log import RareWarnings
 from cluster.metrics import WorkerMetrics
 from model.config import MixtralConfig
 from model.units import Unit
@@ -45,6 +46,7 @@ class ExpertService:
         self._metrics = metrics
         self._drop_if_damaged = drop_if_damaged
         self._health = HealthServicer()
+        self._warnings = RareWarnings(logger)
 
     def add_to(self, server: grpc.Server) -> None:
         """Offer the service, and gRPC's standard health service, which says SERVING."""
@@ -94,7 +96,7 @@ class ExpertService:
         try:
             call = wire.decode_call(message, self._config, self._dtype)
         except WireError as error:
-            logger.warning("%s: refused a call from %s: %s", self._identity.name, peer, error)
+            self._warnings.warn("invalid", f"{self._identity.name}: refused {peer}'s call: {error}")
             self._metrics.observe_call("invalid")
             return wire.encode_error(
                 wire.call_id_of(message), incarnation, expert_pb2.ERROR_INVALID, str(error)

@@ -247,8 +247,9 @@ def test_a_head_cannot_pose_as_a_worker(folder: Path, start: Start) -> None:
 
 
 def test_peers_that_share_no_ca_do_not_connect(
-    folder: Path, foreign: Path, start: Start, tmp_path: Path
+    folder: Path, foreign: Path, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("cluster.guard._Handshakes.GRACE_S", 0.0)
     server = start(tls(folder, "worker"))
     with pytest.raises(ExpertsUnavailableError, match="not signed by our CA"):
         connect(server, tls(foreign, "head"))
@@ -256,6 +257,8 @@ def test_peers_that_share_no_ca_do_not_connect(
     stranger = with_other(folder, tmp_path / "stranger", "head", foreign, "head")
     with pytest.raises(ExpertsUnavailableError, match="wants TLS or another certificate"):
         connect(server, tls(stranger, "head"))
+    connect(server, tls(folder, "head"))
+    assert server.refusals == {"handshake": 2}
 
 
 def test_a_caller_without_a_certificate_does_not_connect(folder: Path, start: Start) -> None:

@@ -66,7 +66,11 @@ def test_a_network_is_only_used_knowingly(host: str) -> None:
 
 @pytest.mark.parametrize(
     "fields",
-    [{"tls_folder": "certs"}, {"cluster_token": "token"}, {"cluster_token": "environment"}],
+    [
+        {"tls_folder": "certs"},
+        {"cluster_token_from": "token"},
+        {"cluster_token_from": "environment"},
+    ],
 )
 def test_a_network_may_be_used_where_peers_are_known(fields: dict[str, Any]) -> None:
     network = ServeConfig(data_plane_host="10.1.2.3", **fields).network
@@ -77,7 +81,7 @@ def test_a_network_may_be_used_where_peers_are_known(fields: dict[str, Any]) -> 
 
 def test_certificates_and_a_token_exclude_each_other() -> None:
     with pytest.raises(ValidationError, match="exclude each other"):
-        ServeConfig(tls_folder=Path("certs"), cluster_token="environment")
+        ServeConfig(tls_folder=Path("certs"), cluster_token_from="environment")
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1"])
