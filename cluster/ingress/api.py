@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 
-from cluster.ingress import errors, sse
+from cluster.ingress import errors, sse, tokens
 from cluster.ingress.answerer import Answerer, Engine
 from cluster.ingress.classify import classification
 from cluster.ingress.clients import client_key
@@ -51,7 +51,9 @@ def create_app(
             yield
 
     app = FastAPI(title="Maestrale", lifespan=lifespan)
-    app.include_router(_Api(Answerer(engine, tokenizer, chat, settings, metrics)).router())
+    answerer = Answerer(engine, tokenizer, chat, settings, metrics)
+    app.include_router(_Api(answerer).router())
+    app.include_router(tokens.router(answerer))
     errors.install(app)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     app.add_middleware(RequestLog, metrics=metrics)
@@ -124,6 +126,7 @@ class _Api:
     def _model(self) -> Model:
         return Model(
             id=self._settings.model_id,
+            root=self._settings.model_id,
             created=self._created,
             max_model_len=self._settings.max_model_len,
         )
