@@ -6,6 +6,7 @@ from cluster.schema.answer_form import (
     StructuredOutputs,
 )
 from cluster.schema.replies import (
+    RESUMED_TOKENS,
     AssistantMessage,
     ChatChoice,
     ChatChunkChoice,
@@ -60,6 +61,7 @@ __all__ = [
     "MAX_LOGPROBS",
     "MAX_PRIORITY",
     "MAX_SEED",
+    "RESUMED_TOKENS",
     "AssistantMessage",
     "ChatChoice",
     "ChatChunkChoice",

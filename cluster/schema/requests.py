@@ -214,6 +214,10 @@ class GenerationRequest(ModelRequest):
     place of each. Not with stream."""
     return_token_ids: bool = False
     """Report the ids of prompt and answer."""
+    resume_token_ids: TokenIds = []
+    """What a stream that broke off has told of its answer (see return_token_ids): it goes on behind
+    these, whose text is not told again. All else must be asked for as it was, seed included.
+    Only for one streamed choice without log-probabilities."""
 
     priority: int = Field(default=0, ge=-MAX_PRIORITY, le=MAX_PRIORITY)
     """Lower goes first, among the requests of one client."""
