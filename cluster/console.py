@@ -2,7 +2,8 @@
 
 import time
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
 
 from rich.console import Console
 from rich.table import Table
@@ -21,7 +22,7 @@ errors = Console(highlight=False, soft_wrap=True, stderr=True)
 STORY_PROMPT = "Once upon a time"
 # A story that ends well. In float32 it is the same on every machine.
 STORY_SAMPLING: dict[str, Any] = {"temperature": 0.5, "top_p": 0.95, "seed": 8}
-STORY_DTYPE = "float32"
+STORY_DTYPE: Final = "float32"
 
 
 class BytesLine:
@@ -42,6 +43,21 @@ class BytesLine:
             self._shown_s = elapsed_s
             line = f"\r{self._what}: {self._progress}   "
             errors.print(line, end="\n" if is_last else "")
+
+
+def print_certificates(folder: Path, written: list[Path]) -> None:
+    """What was written where, and what it takes to use it."""
+    for path in written:
+        console.print(f"wrote {path}")
+    if not written:
+        console.print(f"{folder} is complete: nothing was written")
+    console.print(
+        f"In the configuration: tls_folder: {folder.absolute()}\n"
+        "Copy ca.pem, ROLE.pem and ROLE-key.pem of the roles that run there to each node (ingress, "
+        "head, worker), and keep ca-key.pem off the nodes: whoever has it can make identities.\n"
+        "To renew one, delete its two files and run this again; processes take new files with "
+        "their next connection."
+    )
 
 
 def size(num_bytes: float) -> str:

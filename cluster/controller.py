@@ -26,9 +26,10 @@ from cluster.placement import (
     Table,
     WorkerInfo,
     held_by,
-    plan,
 )
+from cluster.planning import plan
 from model.errors import ModelError
+from model.units import Unit
 
 if TYPE_CHECKING:
     from cluster.expert.worker import WorkerReport
@@ -56,7 +57,7 @@ class _Worker:
 
     name: str
     quantization: str | None
-    units: list[tuple[int, int]]
+    units: list[Unit]
     actor: Any
     report: "WorkerReport | None" = None
     num_missed: int = 0
@@ -168,7 +169,7 @@ class Controller:
             expert_quantization=quantization,
             device=config.device,
             num_threads=config.worker_threads,
-            host=config.data_plane_host,
+            network=config.network,
             lease_s=config.lease_s,
         )
         logger.info("starting %s", name)
@@ -181,6 +182,7 @@ class Controller:
                 get_if_exists=True,
                 num_cpus=config.worker_cpus,
                 num_gpus=config.worker_gpus,
+                resources=config.worker_resources,
                 max_concurrency=4,
             )
             .remote(settings)

@@ -10,6 +10,9 @@
     ├── ExpertFailedError         an expert worker says that a call cannot be computed
     ├── BenchError                what a benchmark measures failed, so there is no number
     ├── HeadUnavailableError      no head replica can take or finish a request
+    │   ├── HeadLostError         the stream to the head broke, or fell silent
+    │   ├── HeadDrainsError       the head is about to stop, and another can go on
+    │   └── HeadFailedError       the head says that it could not compute the request
     ├── RequestError              what the ingress answers a caller: HTTP status and OpenAI's body
     └── APIError                  what the SDK raises
         ├── APIConnectionError    no whole answer came
@@ -69,6 +72,18 @@ class BenchError(MaestraleError):
 
 class HeadUnavailableError(MaestraleError):
     """No head replica can take a request, or the one that had it is gone."""
+
+
+class HeadLostError(HeadUnavailableError):
+    """The stream to a head broke or fell silent. Another head can go on with its requests."""
+
+
+class HeadDrainsError(HeadUnavailableError):
+    """A head is about to stop, and there is another that can go on with its requests."""
+
+
+class HeadFailedError(HeadUnavailableError):
+    """A head says that it could not compute a request."""
 
 
 class RequestError(MaestraleError):

@@ -1,6 +1,9 @@
-"""Logging of the processes we start ourselves. Ray and Serve set up their own."""
+"""Logging of the processes we start ourselves (Ray and Serve set up their own); rare warnings."""
 
 import logging
+import threading
+import time
+from collections.abc import Callable
 
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
@@ -11,3 +14,32 @@ def set_up(*, verbose: bool) -> None:
     if verbose:
         for package in ("cluster", "model"):
             logging.getLogger(package).setLevel(logging.INFO)
+
+
+class RareWarnings:
+    """Warnings that a peer can provoke at will: at most one of a kind every ten seconds.
+
+    Thread-safe. Kinds must come from a small fixed set.
+    """
+
+    EVERY_S = 10.0
+
+    def __init__(
+        self, logger: logging.Logger, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._logger = logger
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._last: dict[str, tuple[float, int]] = {}
+        """Of each kind when it was last logged, and how many have gone unsaid since."""
+
+    def warn(self, kind: str, message: str) -> None:
+        """Log the message, with how many of its kind have gone unsaid, or count it."""
+        now = self._clock()
+        with self._lock:
+            logged_at, num_unsaid = self._last.get(kind, (now - self.EVERY_S, 0))
+            is_due = now - logged_at >= self.EVERY_S
+            self._last[kind] = (now, 0) if is_due else (logged_at, num_unsaid + 1)
+        if is_due:
+            more = f" (and {num_unsaid} more since the last such line)" if num_unsaid else ""
+            self._logger.warning("%s%s", message, more)

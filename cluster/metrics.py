@@ -4,8 +4,9 @@ Each process keeps a registry of its own; the ingress merges the texts of all (`
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from prometheus_client import (
     CollectorRegistry,
@@ -19,6 +20,7 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from model.phases import Phase
+from model.units import Unit
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +83,7 @@ class StepStats:
 
 
 class Registry:
-    """A process's own metrics. Base of the three below."""
+    """A process's own metrics. Base of those below."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -91,11 +93,30 @@ class Registry:
         return generate_latest(self.registry).decode()
 
 
-class HeadMetrics(Registry):
+class ServerMetrics(Registry):
+    """Of a process that other processes call."""
+
+    def __init__(self, plane: Literal["head", "expert"]) -> None:
+        """plane: which of the two contracts it answers."""
+        super().__init__()
+        self._refusals = Counter(
+            "maestrale_refused_peers",
+            "Calls and messages of peers that were refused, by reason",
+            ["plane", "reason"],
+            registry=self.registry,
+        )
+        self._plane = plane
+
+    def observe_refusal(self, reason: str) -> None:
+        """reason: one of cluster.guard.Guard's."""
+        self._refusals.labels(self._plane, reason).inc()
+
+
+class HeadMetrics(ServerMetrics):
     """Of one head replica."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__("head")
         self._tokens = Counter(
             "maestrale_step_tokens",
             "Tokens computed by forward passes, prompt and new",
@@ -163,11 +184,11 @@ class HeadMetrics(Registry):
         self._free_blocks.set(num_free_blocks)
 
 
-class WorkerMetrics(Registry):
+class WorkerMetrics(ServerMetrics):
     """Of one expert worker."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__("expert")
         self._rows = Counter(
             "maestrale_expert_rows",
             "Rows that an expert computed",
@@ -189,11 +210,11 @@ class WorkerMetrics(Registry):
             "maestrale_expert_compute_seconds", "Time spent computing", registry=self.registry
         )
 
-    def observe_pass(self, layer: int, rows_by_expert: Mapping[int, int], seconds: float) -> None:
-        """One grouped computation of a layer's experts, possibly for several calls."""
-        for expert_id, rows in rows_by_expert.items():
-            self._rows.labels(str(layer), str(expert_id)).inc(rows)
-        self._passes.inc(len(rows_by_expert))
+    def observe_pass(self, counts: Iterable[tuple[Unit, int]], seconds: float) -> None:
+        """One grouped computation of some rows for each unit, possibly for several calls."""
+        for unit, num_rows in counts:
+            self._rows.labels(str(unit.layer), str(unit.expert_id)).inc(num_rows)
+            self._passes.inc()
         self._seconds.inc(seconds)
 
     def observe_call(self, outcome: str) -> None:
@@ -225,6 +246,17 @@ class IngressMetrics(Registry):
         self.in_progress = Gauge(
             "maestrale_requests_in_progress", "Completions in progress", registry=self.registry
         )
+
+        self._replays = Counter(
+            "maestrale_replays",
+            "Requests that another head went on with, by what became of the one before",
+            ["cause"],
+            registry=self.registry,
+        )
+
+    def observe_replay(self, cause: str) -> None:
+        """cause: lost, failed or moved."""
+        self._replays.labels(cause).inc()
 
     def observe_request(self, endpoint: str, status: int, seconds: float) -> None:
         self._requests.labels(endpoint, str(status)).inc()

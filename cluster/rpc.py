@@ -1,4 +1,4 @@
-"""gRPC as every process of ours uses it: limits, the version handshake, serving, metrics.
+"""gRPC as every process of ours uses it: channels, servers, limits, the version handshake, metrics.
 
 No torch: the ingress imports this.
 """
@@ -6,6 +6,7 @@ No torch: the ingress imports this.
 import hashlib
 import logging
 import secrets
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -14,6 +15,8 @@ import grpc
 
 from cluster import PROTOCOL_VERSION
 from cluster.errors import ConfigurationError, HandshakeError
+from cluster.guard import Guard, WithToken, aio_interceptors
+from cluster.security import Role, Security, TlsFiles, identity_of
 from model.config import MixtralConfig
 from protos import expert_pb2, head_pb2, peer_pb2
 
@@ -32,6 +35,9 @@ MAX_STREAMS = 64
 
 _SHORT_CALLS = 4
 """Handshakes and metrics at a time, beside the streams."""
+
+HEAD_BEAT_S = 0.5
+"""A head says to every ingress at least this often that it is alive, and how busy it is."""
 
 HANDSHAKE_TIMEOUT_S = 10.0
 SCRAPE_TIMEOUT_S = 2.0
@@ -65,12 +71,36 @@ def fingerprint(config: MixtralConfig, dtype: str | None) -> str:
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
+LOOPBACK_ONLY = Security()
+"""No TLS, no token: for peers on the same machine."""
+
+REFUSALS = (
+    grpc.StatusCode.FAILED_PRECONDITION,
+    grpc.StatusCode.UNAUTHENTICATED,
+    grpc.StatusCode.PERMISSION_DENIED,
+)
+"""What a peer answers that will never take us as we are."""
+
+_HINTS = (
+    ("Hostname Verification", "its certificate is for another role"),
+    ("certificate has expired", "its certificate has expired"),
+    ("certificate signature failure", "its certificate is not signed by our CA"),
+    ("CERTIFICATE_VERIFY_FAILED", "its certificate is not signed by our CA"),
+    ("WRONG_VERSION_NUMBER", "it does not speak TLS, and we do"),
+    ("Socket closed", "it ended, or wants TLS or another certificate than ours"),
+)
+"""What gRPC's messages mean between our processes."""
+
+
 class Identity:
     """Who this process is, to its peers."""
 
-    def __init__(self, name: str, model_fingerprint: str) -> None:
+    def __init__(
+        self, name: str, model_fingerprint: str, security: Security = LOOPBACK_ONLY
+    ) -> None:
         self.name = name
         self.fingerprint = model_fingerprint
+        self.security = security
         self.incarnation = new_incarnation()
 
     def hello(self) -> peer_pb2.HelloRequest:
@@ -115,22 +145,88 @@ class Identity:
         return None
 
 
-def new_server(host: str) -> tuple[grpc.Server, str]:
+def new_server(
+    host: str,
+    security: Security = LOOPBACK_ONLY,
+    observe_refusal: Callable[[str], None] = lambda reason: None,
+) -> tuple[grpc.Server, str]:
     """A gRPC server on a free port of `host`, not started yet, and its address.
 
-    Raises ConfigurationError when nothing can listen there.
+    observe_refusal: called with the reason of each refusal (see Guard), from any thread.
+    Raises ConfigurationError when nothing can listen there, or nothing may.
     """
+    security.check_host(host)
     server = grpc.server(
         ThreadPoolExecutor(max_workers=MAX_STREAMS + _SHORT_CALLS, thread_name_prefix="grpc"),
+        interceptors=[Guard(security, observe_refusal)],
         options=CHANNEL_OPTIONS,
         maximum_concurrent_rpcs=MAX_STREAMS + _SHORT_CALLS,
     )
     bracketed = f"[{host}]" if ":" in host else host
     try:
-        port = server.add_insecure_port(f"{bracketed}:0")
+        if security.tls is None:
+            port = server.add_insecure_port(f"{bracketed}:0")
+        else:
+            port = server.add_secure_port(f"{bracketed}:0", _server_credentials(security.tls))
     except RuntimeError as error:
         raise ConfigurationError(f"cannot listen on {host}: {error}") from error
     return server, f"{bracketed}:{port}"
+
+
+def new_channel(address: str, security: Security, to: Role) -> grpc.Channel:
+    """A channel to a process of that role. Raises ConfigurationError if our files are unusable."""
+    if security.tls is not None:
+        credentials, options = _client_credentials(security.tls, to)
+        return grpc.secure_channel(address, credentials, options=options)
+    channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+    if security.token is not None:
+        return grpc.intercept_channel(channel, WithToken(security.token))
+    return channel
+
+
+def new_aio_channel(address: str, security: Security, to: Role) -> grpc.aio.Channel:
+    """The same for an event loop."""
+    if security.tls is not None:
+        credentials, options = _client_credentials(security.tls, to)
+        return grpc.aio.secure_channel(address, credentials, options=options)
+    interceptors = aio_interceptors(security.token) if security.token is not None else None
+    return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS, interceptors=interceptors)
+
+
+def _server_credentials(tls: TlsFiles) -> grpc.ServerCredentials:
+    """Of a server that asks for certificates, and reads its own anew for each connection."""
+    newest = tls.read()
+
+    def configuration() -> grpc.ServerCertificateConfiguration:
+        return grpc.ssl_server_certificate_configuration(
+            [(newest.key, newest.certificate)], newest.ca
+        )
+
+    def changed() -> grpc.ServerCertificateConfiguration | None:
+        nonlocal newest
+        try:
+            found = tls.read()
+        except ConfigurationError as error:
+            logger.warning("going on with the certificate that is known: %s", error)
+            return None
+        if found == newest:
+            return None
+        newest = found
+        logger.info("certificate read anew from %s", tls.folder)
+        return configuration()
+
+    return grpc.dynamic_ssl_server_credentials(
+        configuration(), changed, require_client_authentication=True
+    )
+
+
+def _client_credentials(
+    tls: TlsFiles, to: Role
+) -> tuple[grpc.ChannelCredentials, list[tuple[str, int | str]]]:
+    """What to connect with, so that only a peer of that role is accepted."""
+    pem = tls.read()
+    credentials = grpc.ssl_channel_credentials(pem.ca, pem.key, pem.certificate)
+    return credentials, [*CHANNEL_OPTIONS, ("grpc.ssl_target_name_override", identity_of(to))]
 
 
 def describe(error: grpc.RpcError) -> str:
@@ -138,12 +234,14 @@ def describe(error: grpc.RpcError) -> str:
     code = getattr(error, "code", lambda: None)()
     details = getattr(error, "details", lambda: None)()
     name = code.name if isinstance(code, grpc.StatusCode) else type(error).__name__
-    return f"{name}: {details}" if details else name
+    hint = next((f" ({hint})" for text, hint in _HINTS if text in (details or "")), "")
+    return f"{name}: {details}{hint}" if details else name
 
 
-async def scrape(address: str, service: str) -> str:
+async def scrape(address: str, service: str, security: Security = LOOPBACK_ONLY) -> str:
     """A peer's metrics as text; empty when it does not answer."""
-    async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
+    role: Role = "head" if service == HEAD_SERVICE else "worker"
+    async with new_aio_channel(address, security, role) as channel:
         call = channel.unary_unary(
             f"/{service}/Metrics",
             request_serializer=peer_pb2.MetricsRequest.SerializeToString,

@@ -10,6 +10,7 @@ Shape suffixes: R rows of a call, D hidden, A assignments (row, expert, weight).
 
 import warnings
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from google.protobuf.message import DecodeError
@@ -18,6 +19,7 @@ from torch import Tensor
 from cluster.errors import WireError
 from model.config import MixtralConfig
 from model.experts import Assignments
+from model.units import Unit
 from protos import expert_pb2
 
 # torch warns once per process that received bytes are read only; nothing here ever writes to them.
@@ -59,6 +61,8 @@ class Reply:
 def encode_call(call: Call) -> bytes:
     """Serialise a call. Copies each tensor once, into the message."""
     num_rows, hidden_size = call.x_RD.shape
+    units = [unit for unit, _ in call.assignments.counts]
+    has_slices = any(unit.num_slices > 1 for unit in units)
     header = expert_pb2.CallHeader(
         call_id=call.call_id,
         epoch=call.epoch,
@@ -66,8 +70,10 @@ def encode_call(call: Call) -> bytes:
         num_rows=num_rows,
         hidden_size=hidden_size,
         dtype=_DTYPE_IDS[call.x_RD.dtype],
-        expert_ids=[expert_id for expert_id, _ in call.assignments.counts],
+        expert_ids=[unit.expert_id for unit in units],
         expert_counts=[count for _, count in call.assignments.counts],
+        slice_numbers=[unit.slice_number for unit in units] if has_slices else (),
+        num_slices=[unit.num_slices for unit in units] if has_slices else (),
     )
     return _join(
         header.SerializeToString(),
@@ -100,14 +106,8 @@ def decode_call(message: bytes, config: MixtralConfig, dtype: torch.dtype) -> Ca
         )
     if header.hidden_size != config.hidden_size:
         raise WireError(f"hidden size {header.hidden_size}, here {config.hidden_size}")
-    expert_ids, counts = list(header.expert_ids), list(header.expert_counts)
-    if len(expert_ids) != len(counts) or sorted(set(expert_ids)) != expert_ids:
-        raise WireError(f"expert ids {expert_ids} with counts {counts}: must ascend, and match")
-    if expert_ids and expert_ids[-1] >= config.num_local_experts:
-        raise WireError(f"expert {expert_ids[-1]} of {config.num_local_experts}")
-    if 0 in counts:
-        raise WireError(f"an expert without rows: counts {counts}")
-    num_assignments = sum(counts)
+    counts = _read_counts(header, config)
+    num_assignments = sum(count for _, count in counts)
     row_numbers_A = _tensor_of("row_numbers", row_numbers, torch.int32, num_assignments)
     if (
         num_assignments
@@ -122,11 +122,39 @@ def decode_call(message: bytes, config: MixtralConfig, dtype: torch.dtype) -> Ca
             header.num_rows, header.hidden_size
         ),
         assignments=Assignments(
-            counts=tuple(zip(expert_ids, counts, strict=True)),
+            counts=counts,
             rows_A=row_numbers_A.long(),
             weights_A=_tensor_of("weights", weights, torch.float32, num_assignments),
         ),
     )
+
+
+def _read_counts(
+    header: expert_pb2.CallHeader, config: MixtralConfig
+) -> tuple[tuple[Unit, int], ...]:
+    """How many rows each expert or slice gets. Raises WireError."""
+    expert_ids, counts = list(header.expert_ids), list(header.expert_counts)
+    numbers, of = list(header.slice_numbers), list(header.num_slices)
+    if not numbers and not of:
+        numbers, of = [0] * len(expert_ids), [1] * len(expert_ids)
+    if not len(expert_ids) == len(counts) == len(numbers) == len(of):
+        raise WireError(
+            f"expert ids {expert_ids}, counts {counts}, slices {numbers} of {of}: must match"
+        )
+    units = [Unit(header.layer, *each) for each in zip(expert_ids, numbers, of, strict=True)]
+    if any(before >= after for before, after in pairwise(units)):
+        raise WireError(f"expert ids {expert_ids}, slices {numbers} of {of}: must ascend")
+    if expert_ids and expert_ids[-1] >= config.num_local_experts:
+        raise WireError(f"expert {expert_ids[-1]} of {config.num_local_experts}")
+    for unit in units:
+        if not unit.slice_number < unit.num_slices <= config.intermediate_size:
+            raise WireError(
+                f"slice {unit.slice_number} of {unit.num_slices} of expert {unit.expert_id}: "
+                f"there are up to {config.intermediate_size}"
+            )
+    if 0 in counts:
+        raise WireError(f"an expert without rows: counts {counts}")
+    return tuple(zip(units, counts, strict=True))
 
 
 def call_id_of(message: bytes) -> int:

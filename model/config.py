@@ -11,6 +11,7 @@ from typing import Any
 
 from model.errors import ConfigError
 from model.labels import PROBLEM_TYPES, read_labels
+from model.units import Unit
 
 DTYPES = ("float32", "bfloat16", "float16")
 """Names of the floating types a model may be loaded in, as torch spells them."""
@@ -167,10 +168,10 @@ class MixtralConfig:
         return 3 * self.hidden_size * self.intermediate_size
 
     @property
-    def expert_units(self) -> list[tuple[int, int]]:
-        """All (layer, expert) units."""
+    def expert_units(self) -> list[Unit]:
+        """All experts, whole."""
         layers, experts = range(self.num_hidden_layers), range(self.num_local_experts)
-        return [(layer, expert_id) for layer in layers for expert_id in experts]
+        return [Unit(layer, expert_id) for layer in layers for expert_id in experts]
 
     def kv_bytes_per_token(self, bytes_per_element: int) -> int:
         """Bytes of KV cache that one token takes over all layers."""

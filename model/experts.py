@@ -17,6 +17,7 @@ from torch import Tensor
 
 from model.linear import Weight, linear
 from model.router import Routing
+from model.units import Unit
 
 
 class PendingRows(Protocol):
@@ -37,7 +38,10 @@ class Experts(Protocol):
 
 @dataclass(frozen=True)
 class ExpertWeights:
-    """One expert of one layer; w1 (gate) and w3 (up) stacked, so that one product serves both."""
+    """A unit: one expert of one layer, or a slice of one, which has fewer F.
+
+    w1 (gate) and w3 (up) are stacked, so that one product serves both.
+    """
 
     w13_2FD: Weight
     w2_DF: Weight
@@ -49,12 +53,12 @@ class ExpertWeights:
 
 @dataclass(frozen=True)
 class Assignments:
-    """Which rows go to which expert with what weight, sorted by expert, then by row.
+    """Which rows go to which expert with what weight, sorted by unit, then by row.
 
-    Expert `counts[i][0]` owns the next `counts[i][1]` entries of rows_A and weights_A.
+    Unit `counts[i][0]` owns the next `counts[i][1]` entries of rows_A and weights_A.
     """
 
-    counts: tuple[tuple[int, int], ...]
+    counts: tuple[tuple[Unit, int], ...]
     rows_A: Tensor
     """Row numbers, int64."""
     weights_A: Tensor
@@ -65,13 +69,16 @@ class Assignments:
         return Assignments(self.counts, self.rows_A.to(device), self.weights_A.to(device))
 
 
-def assign(routing: Routing) -> Assignments:
-    """Sort a routing by expert."""
+def assign(layer: int, routing: Routing) -> Assignments:
+    """Sort a routing by expert; all of them whole."""
     top_k = routing.expert_ids_TK.shape[1]
     experts_A, order_A = routing.expert_ids_TK.flatten().sort(stable=True)
     expert_ids, counts = experts_A.unique_consecutive(return_counts=True)
     return Assignments(
-        counts=tuple(zip(expert_ids.tolist(), counts.tolist(), strict=True)),
+        counts=tuple(
+            (Unit(layer, expert_id), count)
+            for expert_id, count in zip(expert_ids.tolist(), counts.tolist(), strict=True)
+        ),
         rows_A=order_A // top_k,
         weights_A=routing.weights_TK.flatten()[order_A],
     )
@@ -84,19 +91,19 @@ def expert_ffn(weights: ExpertWeights, x_RD: Tensor) -> Tensor:
 
 
 def weighted_sums(
-    experts: Mapping[int, ExpertWeights], x_RD: Tensor, assignments: Assignments
+    held: Mapping[Unit, ExpertWeights], x_RD: Tensor, assignments: Assignments
 ) -> Tensor:
     """Sum of weight x expert output for every row, (R, D) float32.
 
-    Sums run in ascending order of the expert's number, so the result does not depend on the batch.
+    Sums run in ascending order of the units, so the result does not depend on the batch.
     """
     sums_RD = torch.zeros(x_RD.shape, dtype=torch.float32, device=x_RD.device)
     begin = 0
-    for expert_id, count in assignments.counts:
+    for unit, count in assignments.counts:
         rows = assignments.rows_A[begin : begin + count]
         weights = assignments.weights_A[begin : begin + count]
         begin += count
-        output = expert_ffn(experts[expert_id], x_RD[rows]).float()
+        output = expert_ffn(held[unit], x_RD[rows]).float()
         sums_RD.index_add_(0, rows, output * weights[:, None])
     return sums_RD
 
@@ -114,11 +121,9 @@ class Computed:
 class LocalExperts:
     """All experts in this process."""
 
-    def __init__(self, experts: Mapping[tuple[int, int], ExpertWeights]) -> None:
-        """experts: weights by (layer, expert)."""
-        self._layers: dict[int, dict[int, ExpertWeights]] = {}
-        for (layer, expert_id), weights in experts.items():
-            self._layers.setdefault(layer, {})[expert_id] = weights
+    def __init__(self, held: Mapping[Unit, ExpertWeights]) -> None:
+        """held: every expert, whole."""
+        self._held = held
 
     def dispatch(self, layer: int, x_TD: Tensor, routing: Routing) -> PendingRows:
-        return Computed(weighted_sums(self._layers[layer], x_TD, assign(routing)))
+        return Computed(weighted_sums(self._held, x_TD, assign(layer, routing)))

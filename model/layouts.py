@@ -1,14 +1,14 @@
 """Where each layout of a checkpoint keeps each tensor: names and shapes. No files, no torch.
 
 The model asks for tensors by the names of Hugging Face's per-expert layout; the table made here
-says what to read instead. Every answer is one contiguous run of one stored tensor, perhaps with its
-axes turned afterwards.
+says what to read instead. Every answer is one run of one stored tensor, perhaps with its axes
+turned afterwards; a run is contiguous, but for columns of a matrix.
 
 Shape letters: L layers, D hidden, F intermediate, E experts, V vocabulary, H head dimension.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from math import prod
 from typing import Any, Literal
@@ -45,12 +45,33 @@ class Source:
     """Of the run, as stored."""
     offset: int = 0
     """Elements of the stored tensor before the run."""
+    row_stride: int | None = None
+    """Elements from one row of the run to the next; None where nothing lies between them."""
     turn: Callable[[Any], Any] | None = None
     """Makes the wanted tensor of the stored run; None where they are the same."""
 
     @property
     def num_elements(self) -> int:
         return prod(self.shape)
+
+    def rows(self, begin: int, end: int) -> "Source":
+        """Some rows of the wanted matrix, of one that is stored as it is wanted."""
+        assert self.turn is None, self.stored_name
+        columns = self.run_shape[1]
+        shape = (end - begin, columns)
+        offset = self.offset + begin * columns
+        return replace(self, shape=shape, run_shape=shape, offset=offset)
+
+    def columns(self, begin: int, end: int) -> "Source":
+        """Some columns of the wanted matrix, which are rows where it is stored the other way."""
+        if self.turn is not None:
+            assert self.turn is _transpose, self.stored_name
+            as_stored = replace(self, turn=None).rows(begin, end)
+            return replace(as_stored, shape=as_stored.run_shape[::-1], turn=self.turn)
+        rows, row_stride = self.run_shape
+        shape = (rows, end - begin)
+        offset = self.offset + begin
+        return replace(self, shape=shape, run_shape=shape, offset=offset, row_stride=row_stride)
 
 
 def detect(stored_names: Iterable[str], *, is_mistrals: bool) -> Layout:

@@ -109,6 +109,37 @@ def check_parts(parts: Parts, mode: str, shape: tuple[int, int]) -> None:
             raise ValueError(f"{name} holds values from {low} to {high}, impossible for {mode}")
 
 
+def cut(
+    parts: Parts, mode: str, shape: tuple[int, int], *, axis: int, begin: int, end: int
+) -> dict[str, Tensor]:
+    """The parts of some rows (axis 0) or columns (axis 1) of a matrix: the same codes and scales.
+
+    shape: of the whole matrix. Raises QuantizationError where weights on both sides of a cut share
+    a scale.
+    """
+    if mode == "nf4-double":
+        raise QuantizationError("nf4-double cannot be sliced, its scales share scales: take nf4")
+    outputs, inputs = shape
+    group = {"int8": 1, "int4": INT4_GROUP, "nf4": NF4_BLOCK}[mode]
+    if mode == "nf4" and inputs % group:
+        raise QuantizationError(f"nf4 cannot be sliced: {inputs} inputs are no multiple of {group}")
+    if axis == 1 and (begin % group or (end % group and end < inputs)):
+        raise QuantizationError(
+            f"{mode} cannot be sliced at inputs {begin} to {end}: {group} of them share a scale"
+        )
+    rows = slice(begin, end) if axis == 0 else slice(None)
+    num_groups = -(-inputs // group)
+    columns = slice(0, num_groups) if axis == 0 else slice(begin // group, -(-end // group))
+    wanted = (end - begin, inputs) if axis == 0 else (outputs, end - begin)
+    found = {}
+    for name, spec in part_specs(mode, wanted).items():
+        part = parts[name].view(outputs, -1)[rows]
+        if (mode, name) != ("int8", "scales"):  # these belong to whole rows
+            part = part.unflatten(1, (num_groups, -1))[:, columns]
+        found[name] = part.reshape(spec.shape).clone()
+    return found
+
+
 @torch.no_grad()
 def quantize(weight_OI: Tensor, mode: str) -> dict[str, Tensor]:
     """The parts of a dense matrix, on its device. Raises QuantizationError."""

@@ -31,6 +31,7 @@ from model.experts import ExpertWeights
 from model.linear import Matrix, Weight
 from model.quantize import (
     check_parts,
+    cut,
     matrix,
     part_specs,
     quantize,
@@ -38,6 +39,7 @@ from model.quantize import (
     require,
 )
 from model.tensor_files import SafetensorsFile
+from model.units import Unit
 
 if TYPE_CHECKING:
     from model.weights import Checkpoint
@@ -72,16 +74,26 @@ class QuantizedCopy:
         """The copy in this folder; None where there is none. Raises CheckpointError."""
         return cls(folder, config) if (folder / MARKER).exists() else None
 
-    def load_expert(
-        self, layer: int, expert_id: int, *, dtype: torch.dtype, device: torch.device
-    ) -> ExpertWeights:
-        """One expert of one layer, for rows of that dtype.
+    def load_unit(self, unit: Unit, *, dtype: torch.dtype, device: torch.device) -> ExpertWeights:
+        """One expert of one layer, or a slice of it, for rows of that dtype.
 
-        Raises CheckpointError naming file and part; QuantizationError without the mode's library.
+        Raises CheckpointError naming file and part; QuantizationError without the mode's library,
+        or where groups of weights do not end where the slice does.
         """
-        file = self._folder / _expert_file(layer, expert_id)
-        shapes = _expert_shapes(self._config)
-        loaded = _load_matrices(file, self.expert_mode, shapes, dtype=dtype, device=device)
+        path = self._folder / _expert_file(unit.layer, unit.expert_id)
+        mode, shapes = self.expert_mode, _expert_shapes(self._config)
+        parts = _load_parts(path, mode, shapes)
+        if unit.num_slices > 1:
+            begin, end = unit.bounds(self._config.intermediate_size)
+            gate, up = (
+                cut(parts["w13"], mode, shapes["w13"], axis=0, begin=first + begin, end=first + end)
+                for first in (0, self._config.intermediate_size)
+            )
+            parts["w13"] = {name: torch.cat((gate[name], up[name])) for name in gate}
+            parts["w2"] = cut(parts["w2"], mode, shapes["w2"], axis=1, begin=begin, end=end)
+            hidden = self._config.hidden_size
+            shapes = {"w13": (2 * (end - begin), hidden), "w2": (hidden, end - begin)}
+        loaded = _matrices(parts, mode, shapes, dtype=dtype, device=device)
         return ExpertWeights(w13_2FD=loaded["w13"], w2_DF=loaded["w2"])
 
     def load_attention(
@@ -94,7 +106,8 @@ class QuantizedCopy:
         assert self.attention_mode is not None, "this copy's attention is dense"
         file = self._folder / _attention_file(layer)
         shapes = _attention_shapes(self._config)
-        loaded = _load_matrices(file, self.attention_mode, shapes, dtype=dtype, device=device)
+        parts = _load_parts(file, self.attention_mode, shapes)
+        loaded = _matrices(parts, self.attention_mode, shapes, dtype=dtype, device=device)
         return loaded["wqkv"], loaded["wo"]
 
 
@@ -184,22 +197,32 @@ def _write_parts(file: Path, weights: Mapping[str, Weight], mode: str) -> int:
     return sum(part.nbytes for part in parts.values())
 
 
-def _load_matrices(
-    path: Path, mode: str, shapes: _Shapes, *, dtype: torch.dtype, device: torch.device
+def _matrices(
+    parts: Mapping[str, dict[str, Tensor]],
+    mode: str,
+    shapes: _Shapes,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> dict[str, Matrix]:
-    """All matrices of a file that `_write_parts` wrote."""
-    file = SafetensorsFile(path)
-    known = {f"{name}.{part}" for name in shapes for part in part_specs(mode, shapes[name])}
-    if file.tensors.keys() != known:
-        raise CheckpointError(f"{path} holds {sorted(file.tensors)}, {mode} has {sorted(known)}")
+    """Sound parts as matrices, on the device."""
     return {
-        name: matrix(_load_parts(file, name, mode, shape, device), mode, shape, dtype)
+        name: matrix({part: t.to(device) for part, t in parts[name].items()}, mode, shape, dtype)
         for name, shape in shapes.items()
     }
 
 
-def _load_parts(
-    file: SafetensorsFile, name: str, mode: str, shape: tuple[int, int], device: torch.device
+def _load_parts(path: Path, mode: str, shapes: _Shapes) -> dict[str, dict[str, Tensor]]:
+    """The parts of all matrices of a file that `_write_parts` wrote."""
+    file = SafetensorsFile(path)
+    known = {f"{name}.{part}" for name in shapes for part in part_specs(mode, shapes[name])}
+    if file.tensors.keys() != known:
+        raise CheckpointError(f"{path} holds {sorted(file.tensors)}, {mode} has {sorted(known)}")
+    return {name: _load_parts_of(file, name, mode, shape) for name, shape in shapes.items()}
+
+
+def _load_parts_of(
+    file: SafetensorsFile, name: str, mode: str, shape: tuple[int, int]
 ) -> dict[str, Tensor]:
     parts: dict[str, Tensor] = {}
     for part, spec in part_specs(mode, shape).items():
@@ -216,7 +239,7 @@ def _load_parts(
         check_parts(parts, mode, shape)
     except ValueError as error:
         raise CheckpointError(f"{file.path}: {name}.{error}") from error
-    return {part: tensor.to(device) for part, tensor in parts.items()}
+    return parts
 
 
 def _copy_files(source: "Checkpoint", target: Path) -> None:

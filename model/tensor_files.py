@@ -65,20 +65,25 @@ class SafetensorsFile:
         except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} is not a sound safetensors file: {error}") from error
 
-    def read(self, name: str, offset: int, out: Tensor) -> None:
-        """Fill `out` (one axis, contiguous, CPU, the stored dtype) from element `offset` on.
+    def read(self, name: str, offset: int, out: Tensor, row_stride: int | None = None) -> None:
+        """Fill `out` (contiguous, CPU, the stored dtype) from element `offset` on.
 
-        Raises CheckpointError.
+        row_stride: elements from one row of `out` (two axes) to the next; None where they follow
+            each other. Raises CheckpointError.
         """
-        unread = out.view(torch.uint8).numpy().data
+        rows = out.view(1, -1) if row_stride is None else out
+        row_begin = self.tensors[name].begin + offset * out.itemsize
         try:
             with self.path.open("rb", buffering=0) as file:
-                file.seek(self.tensors[name].begin + offset * out.itemsize)
-                while unread:
-                    num_read = file.readinto(unread)
-                    if not num_read:
-                        raise CheckpointError(f"{self.path}: the file ends within {name}")
-                    unread = unread[num_read:]
+                for row in rows.view(torch.uint8).numpy():
+                    file.seek(row_begin)
+                    row_begin += (row_stride or 0) * out.itemsize
+                    unread = row.data
+                    while unread:
+                        num_read = file.readinto(unread)
+                        if not num_read:
+                            raise CheckpointError(f"{self.path}: the file ends within {name}")
+                        unread = unread[num_read:]
         except OSError as error:
             raise CheckpointError(f"{self.path}: {name} cannot be read: {error}") from error
 
@@ -108,9 +113,13 @@ class PickleFile:
             for name, tensor in content.items()
         }
 
-    def read(self, name: str, offset: int, out: Tensor) -> None:
-        """Fill `out` (one axis, the stored dtype) from element `offset` on."""
-        out.copy_(self._tensors[name].view(-1)[offset : offset + len(out)])
+    def read(self, name: str, offset: int, out: Tensor, row_stride: int | None = None) -> None:
+        """Fill `out` (contiguous, the stored dtype) from element `offset` on; see the other file's
+        `read`.
+        """
+        rows = out.view(1, -1) if row_stride is None else out
+        stored = self._tensors[name].view(-1)[offset:]
+        rows.copy_(stored.as_strided(rows.shape, (row_stride or 0, 1), stored.storage_offset()))
 
 
 WeightFile = SafetensorsFile | PickleFile

@@ -17,11 +17,14 @@ from model.errors import CheckpointError, ConfigError, QuantizationError
 from model.experts import ExpertWeights
 from model.labels import ARCHITECTURE
 from model.linear import Weight
-from model.quantize import quantized, require
+from model.quantize import cut, matrix, quantize, quantized, require
 from model.quantized_copy import QuantizedCopy, attention_bytes, expert_bytes
 from model.tensor_files import StoredTensor, WeightFile, WeightFiles
+from model.units import Unit
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # fp8 needs scales
+
+Sources = tuple[layouts.Source, ...]
 
 OnBytes = Callable[[int], None]
 """Called with the size of each tensor as it arrives, for progress."""
@@ -136,7 +139,7 @@ class Checkpoint:
         kv_size = config.num_key_value_heads * config.head_dim
 
         def load(name: str) -> Tensor:
-            return self._load((name,), on_bytes)
+            return self._load((self.sources[name],), on_bytes)
 
         layers = []
         for layer in range(config.num_hidden_layers):
@@ -161,20 +164,46 @@ class Checkpoint:
     def load_expert(
         self, layer: int, expert_id: int, on_bytes: OnBytes = ignore_bytes
     ) -> ExpertWeights:
-        """One expert of one layer. Raises CheckpointError naming file and tensor."""
+        """One whole expert of one layer. Raises CheckpointError naming file and tensor."""
+        return self.load_unit(Unit(layer, expert_id), on_bytes)
+
+    def load_unit(self, unit: Unit, on_bytes: OnBytes = ignore_bytes) -> ExpertWeights:
+        """One expert of one layer, or a slice of it; the slices' outputs add up to the expert's.
+
+        Of a slice only its own bytes are read. Where w2 has to be quantised or is stored quantised,
+        all of it is read, so that a slice has the very codes and scales that the whole expert has.
+
+        Raises CheckpointError naming file and tensor; QuantizationError where a mode's groups of
+        weights do not end where the slice does.
+        """
         if self._copy is not None:
-            weights = self._copy.load_expert(layer, expert_id, dtype=self.dtype, device=self.device)
+            weights = self._copy.load_unit(unit, dtype=self.dtype, device=self.device)
             on_bytes(weights.num_bytes)
             return weights
         w1, w2, w3 = (
-            f"model.layers.{layer}.block_sparse_moe.experts.{expert_id}.{name}.weight"
+            self.sources[
+                f"model.layers.{unit.layer}.block_sparse_moe.experts.{unit.expert_id}.{name}.weight"
+            ]
             for name in ("w1", "w2", "w3")
         )
+        begin, end = unit.bounds(self.config.intermediate_size)
         mode = self.expert_quantization
-        return ExpertWeights(
-            w13_2FD=self._load_matrix((w1, w3), mode, on_bytes),
-            w2_DF=self._load_matrix((w2,), mode, on_bytes),
+        w13_2FD = self._load_matrix(
+            (w1.rows(begin, end), w3.rows(begin, end)) if unit.num_slices > 1 else (w1, w3),
+            mode,
+            on_bytes,
         )
+        if unit.num_slices == 1:
+            return ExpertWeights(w13_2FD, self._load_matrix((w2,), mode, on_bytes))
+        if mode is None:
+            return ExpertWeights(w13_2FD, self._load((w2.columns(begin, end),), on_bytes))
+        whole = self._load((w2,), ignore_bytes)
+        parts = cut(
+            quantize(whole, mode), mode, (w2.shape[0], w2.shape[1]), axis=1, begin=begin, end=end
+        )
+        w2_DF = matrix(parts, mode, (w2.shape[0], end - begin), self.dtype)
+        on_bytes(w2_DF.nbytes)
+        return ExpertWeights(w13_2FD, w2_DF)
 
     def load_attention(self, layer: int, on_bytes: OnBytes = ignore_bytes) -> tuple[Weight, Weight]:
         """q, k and v of a layer as one matrix, and o. Raises CheckpointError naming the tensor."""
@@ -182,7 +211,9 @@ class Checkpoint:
             wqkv, wo = self._copy.load_attention(layer, dtype=self.dtype, device=self.device)
             on_bytes(wqkv.nbytes + wo.nbytes)
             return wqkv, wo
-        q, k, v, o = (f"model.layers.{layer}.self_attn.{name}_proj.weight" for name in "qkvo")
+        q, k, v, o = (
+            self.sources[f"model.layers.{layer}.self_attn.{name}_proj.weight"] for name in "qkvo"
+        )
         mode = self.attention_quantization
         return (
             self._load_matrix((q, k, v), mode, on_bytes),
@@ -190,32 +221,33 @@ class Checkpoint:
         )
 
     def load_experts(
-        self, which: Iterable[tuple[int, int]], on_bytes: OnBytes = ignore_bytes
-    ) -> dict[tuple[int, int], ExpertWeights]:
-        """Several experts, by (layer, expert)."""
-        return {key: self.load_expert(*key, on_bytes) for key in which}
+        self, units: Iterable[Unit], on_bytes: OnBytes = ignore_bytes
+    ) -> dict[Unit, ExpertWeights]:
+        """Several experts or slices."""
+        return {unit: self.load_unit(unit, on_bytes) for unit in units}
 
     def load_tensor(self, name: str) -> Tensor:
         """One tensor by its name in the per-expert layout. Raises CheckpointError."""
-        return self._load((name,), ignore_bytes)
+        return self._load((self.sources[name],), ignore_bytes)
 
-    def _load_matrix(self, names: tuple[str, ...], mode: str | None, on_bytes: OnBytes) -> Weight:
-        """These tensors as one matrix, quantised before the next is read."""
+    def _load_matrix(self, sources: Sources, mode: str | None, on_bytes: OnBytes) -> Weight:
+        """These as one matrix, quantised before the next is read."""
         if mode is None:
-            return self._load(names, on_bytes)
-        matrix = quantized(self._load(names, ignore_bytes), mode)
-        on_bytes(matrix.nbytes)
-        return matrix
+            return self._load(sources, on_bytes)
+        weight = quantized(self._load(sources, ignore_bytes), mode)
+        on_bytes(weight.nbytes)
+        return weight
 
-    def _load(self, names: tuple[str, ...], on_bytes: OnBytes) -> Tensor:
-        """These tensors, one below the other in one. Each is read straight into its place."""
-        for name in names:
-            self.stored(name)  # a wrong configuration is refused before memory is asked for
-        shapes = [self.sources[name].shape for name in names]
-        num_rows = [shape[0] for shape in shapes]
-        loaded = torch.empty((sum(num_rows), *shapes[0][1:]), dtype=self.dtype, device=self.device)
-        for name, place in zip(names, loaded.split(num_rows), strict=True):
-            self._fill(place, self.sources[name])
+    def _load(self, sources: Sources, on_bytes: OnBytes) -> Tensor:
+        """These, one below the other in one. Each is read straight into its place."""
+        for source in sources:
+            self._file_with(source)  # a wrong configuration is refused before memory is asked for
+        num_rows = [source.shape[0] for source in sources]
+        loaded = torch.empty(
+            (sum(num_rows), *sources[0].shape[1:]), dtype=self.dtype, device=self.device
+        )
+        for source, place in zip(sources, loaded.split(num_rows), strict=True):
+            self._fill(place, source)
             on_bytes(place.nbytes)
         return loaded
 
@@ -223,11 +255,10 @@ class Checkpoint:
         file, name = self._file_with(source), source.stored_name
         stored_dtype = file.tensors[name].dtype
         if place.device.type == "cpu" and place.dtype == stored_dtype and source.turn is None:
-            file.read(name, source.offset, place.view(-1))
+            file.read(name, source.offset, place, source.row_stride)
         else:
-            run = torch.empty(source.num_elements, dtype=stored_dtype)
-            file.read(name, source.offset, run)
-            run = run.view(source.run_shape)
+            run = torch.empty(source.run_shape, dtype=stored_dtype)
+            file.read(name, source.offset, run, source.row_stride)
             place.copy_(source.turn(run) if source.turn else run)
         # smallest and largest, not isfinite(): that would take half as much memory again
         extremes = torch.stack(place.aminmax())

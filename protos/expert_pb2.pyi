@@ -21,6 +21,7 @@ class ErrorCode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ERROR_INVALID: _ClassVar[ErrorCode]
     ERROR_NOT_HELD: _ClassVar[ErrorCode]
     ERROR_INTERNAL: _ClassVar[ErrorCode]
+    ERROR_BUSY: _ClassVar[ErrorCode]
 DTYPE_UNSPECIFIED: DType
 DTYPE_FLOAT32: DType
 DTYPE_BFLOAT16: DType
@@ -29,6 +30,7 @@ ERROR_NONE: ErrorCode
 ERROR_INVALID: ErrorCode
 ERROR_NOT_HELD: ErrorCode
 ERROR_INTERNAL: ErrorCode
+ERROR_BUSY: ErrorCode
 
 class ComputeCall(_message.Message):
     __slots__ = ("header", "rows", "row_numbers", "weights")
@@ -43,7 +45,7 @@ class ComputeCall(_message.Message):
     def __init__(self, header: _Optional[_Union[CallHeader, _Mapping]] = ..., rows: _Optional[bytes] = ..., row_numbers: _Optional[bytes] = ..., weights: _Optional[bytes] = ...) -> None: ...
 
 class CallHeader(_message.Message):
-    __slots__ = ("call_id", "epoch", "layer", "num_rows", "hidden_size", "dtype", "expert_ids", "expert_counts")
+    __slots__ = ("call_id", "epoch", "layer", "num_rows", "hidden_size", "dtype", "expert_ids", "expert_counts", "slice_numbers", "num_slices")
     CALL_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     LAYER_FIELD_NUMBER: _ClassVar[int]
@@ -52,6 +54,8 @@ class CallHeader(_message.Message):
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     EXPERT_IDS_FIELD_NUMBER: _ClassVar[int]
     EXPERT_COUNTS_FIELD_NUMBER: _ClassVar[int]
+    SLICE_NUMBERS_FIELD_NUMBER: _ClassVar[int]
+    NUM_SLICES_FIELD_NUMBER: _ClassVar[int]
     call_id: int
     epoch: int
     layer: int
@@ -60,7 +64,9 @@ class CallHeader(_message.Message):
     dtype: DType
     expert_ids: _containers.RepeatedScalarFieldContainer[int]
     expert_counts: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, call_id: _Optional[int] = ..., epoch: _Optional[int] = ..., layer: _Optional[int] = ..., num_rows: _Optional[int] = ..., hidden_size: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ..., expert_ids: _Optional[_Iterable[int]] = ..., expert_counts: _Optional[_Iterable[int]] = ...) -> None: ...
+    slice_numbers: _containers.RepeatedScalarFieldContainer[int]
+    num_slices: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, call_id: _Optional[int] = ..., epoch: _Optional[int] = ..., layer: _Optional[int] = ..., num_rows: _Optional[int] = ..., hidden_size: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ..., expert_ids: _Optional[_Iterable[int]] = ..., expert_counts: _Optional[_Iterable[int]] = ..., slice_numbers: _Optional[_Iterable[int]] = ..., num_slices: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ComputeReply(_message.Message):
     __slots__ = ("header", "sums")

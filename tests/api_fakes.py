@@ -8,12 +8,14 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from shutil import copyfile
 from typing import Any
 
 import httpx
 import pytest
 
 from cluster.ingress.api import create_app
+from cluster.ingress.auth import ANYBODY, Access
 from cluster.ingress.journal import Journal, News
 from cluster.ingress.prepare import ApiSettings
 from cluster.metrics import IngressMetrics
@@ -195,6 +197,15 @@ class ScriptedEngine:
         return "# every process\n"
 
 
+def tools_folder(tiny_folder: Path, into: Path) -> Path:
+    """The text side of the tiny checkpoint, with a chat template that knows tools."""
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        copyfile(tiny_folder / name, into / name)
+    template = Path(__file__).parent / "data" / "tools_template.jinja"
+    copyfile(template, into / "chat_template.jinja")
+    return into
+
+
 @cache
 def text_side(folder: Path) -> tuple[Tokenizer, ChatFormat]:
     """What a checkpoint knows of text; parsing its template takes longest."""
@@ -218,10 +229,18 @@ class Api:
             max_concurrent_requests=2,
             max_body_bytes=20_000,
         )
+        self.access = ANYBODY
         self.app = self._new_app()
 
     def _new_app(self) -> Any:
-        return create_app(self.engine, self.tokenizer, self._chat, self.settings, self.metrics)
+        return create_app(
+            self.engine, self.tokenizer, self._chat, self.settings, self.metrics, self.access
+        )
+
+    def admit(self, access: Access) -> None:
+        """Start again, for these callers."""
+        self.access = access
+        self.app = self._new_app()
 
     def configure(self, **changes: Any) -> None:
         """Start again with other settings."""

@@ -1,7 +1,7 @@
 """Stand-ins for the parts of a cluster, made by hand: no sockets, no Ray, no clock."""
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Many
 from contextlib import contextmanager
 
@@ -26,12 +26,12 @@ from model.experts import Computed, Experts, ExpertWeights, PendingRows, weighte
 from model.grammar import GrammarCompiler
 from model.kv_cache import KVCache
 from model.router import Routing
+from model.units import Unit
 
 DEADLINE_S = 30.0
 """Longest wait of a test for another thread; only a hang comes near it."""
 
-Weights = dict[tuple[int, int], ExpertWeights]
-"""By (layer, expert)."""
+Weights = Mapping[Unit, ExpertWeights]
 
 
 # --- a head's surroundings ---
@@ -184,7 +184,7 @@ class Worker:
 
     def __init__(self, info: WorkerInfo, mixtral: Mixtral) -> None:
         self.info = info
-        self.held: Weights = {}
+        self.held: dict[Unit, ExpertWeights] = {}
         self.calls: list[wire.Call] = []
         self.fail_at: set[int] = set()
         """Calls, counted from 1, whose answer gets lost with the connection."""
@@ -196,8 +196,7 @@ class Worker:
     def answer(self, message: bytes) -> bytes:
         call = wire.decode_call(message, self._config, self._dtype)
         self.calls.append(call)
-        experts = {e: self.held[call.layer, e] for e, _ in call.assignments.counts}
-        sums_RD = weighted_sums(experts, call.x_RD, call.assignments)
+        sums_RD = weighted_sums(self.held, call.x_RD, call.assignments)
         return wire.encode_reply(call.call_id, self.info.incarnation, sums_RD, self.compute_s)
 
 

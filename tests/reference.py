@@ -62,14 +62,9 @@ def load_ours(folder: Path, like: Mixtral) -> Mixtral:
     """That checkpoint as ours; for token ids only, as the tokenizer is another's."""
     checkpoint = Checkpoint(folder)
     config = checkpoint.config
-    everything = [
-        (layer, expert_id)
-        for layer in range(config.num_hidden_layers)
-        for expert_id in range(config.num_local_experts)
-    ]
     return Mixtral(
         Decoder(config, checkpoint.load_decoder()),
-        LocalExperts(checkpoint.load_experts(everything)),
+        LocalExperts(checkpoint.load_experts(config.expert_units)),
         like.tokenizer,
         like.chat,
     )

@@ -24,7 +24,7 @@ from cluster.head.scheduler import Scheduler
 from cluster.head.sequence import Sequence as EngineSequence
 from cluster.head.stopwatch import Stopwatch
 from cluster.metrics import HeadMetrics, StepStats
-from cluster.placement import plan
+from cluster.planning import plan
 from model.blocks import BlockPool
 from model.decoder import Decoder
 from model.experts import Experts, LocalExperts
@@ -46,7 +46,9 @@ class EnginePlan:
     dtype: str | None
     quantization: str | None
     num_threads: int
-    """Of this process, and of each worker."""
+    """Of this process."""
+    worker_threads: int
+    """Of each worker."""
     workers: Sequence[int]
     """Numbers of workers to compare; 0: experts in this process."""
     sequences: Sequence[int]
@@ -207,7 +209,7 @@ def _experts(
         dtype=wanted.dtype,
         quantization=wanted.quantization,
     )
-    with running_workers(makers, num_threads=wanted.num_threads) as workers:
+    with running_workers(makers, num_threads=wanted.worker_threads) as workers:
         experts = connected(
             workers,
             table,

@@ -21,6 +21,7 @@ from cluster.metrics import WorkerMetrics
 from cluster.placement import Placement, Table, WorkerInfo, held_by
 from model.config import MixtralConfig
 from model.phases import Phases
+from model.units import Unit
 from model.weights import Checkpoint, torch_dtype
 
 STOP_TIMEOUT_S = 5.0
@@ -43,7 +44,7 @@ class FromCheckpoint:
     def __init__(
         self,
         folder: Path,
-        units: Sequence[tuple[int, int]],
+        units: Sequence[Unit],
         *,
         dtype: str | None,
         quantization: str | None,

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from cluster.metrics import WorkerMetrics
 from model.experts import Assignments, ExpertWeights, weighted_sums
+from model.units import Unit
 
-Held = Mapping[tuple[int, int], ExpertWeights]
+Held = Mapping[Unit, ExpertWeights]
 
 
 class NotHeldError(Exception):
@@ -54,9 +55,9 @@ class Batcher:
 
         Raises NotHeldError; or whatever the computation raised.
         """
-        missing = [e for e, _ in assignments.counts if (layer, e) not in self.held]
+        missing = [str(unit) for unit, _ in assignments.counts if unit not in self.held]
         if missing:
-            raise NotHeldError(f"experts {missing} of layer {layer} are not held here")
+            raise NotHeldError(f"not held here: {', '.join(missing)}")
         job = _Job(layer, x_RD, assignments)
         with self._waiting_lock:
             self._waiting.append(job)
@@ -78,12 +79,10 @@ class Batcher:
     def _run(self, jobs: list[_Job]) -> None:
         """Compute jobs of one layer together. The compute lock is held."""
         started = time.perf_counter()
-        layer = jobs[0].layer
         try:
             with torch.inference_mode():
                 x_RD, assignments = join(jobs)
-                experts = {e: self.held[layer, e] for e, _ in assignments.counts}
-                sums_RD = weighted_sums(experts, x_RD, assignments)
+                sums_RD = weighted_sums(self.held, x_RD, assignments)
         except Exception as error:
             # Also out of memory: the callers get it as their answer, the worker goes on.
             for job in jobs:
@@ -95,28 +94,28 @@ class Batcher:
             job.done = True
             begin += len(job.x_RD)
         seconds = time.perf_counter() - started
-        self.metrics.observe_pass(layer, dict(assignments.counts), seconds)
+        self.metrics.observe_pass(assignments.counts, seconds)
 
 
 def join(jobs: list[_Job]) -> tuple[Tensor, Assignments]:
-    """Rows of all jobs on top of each other, and their assignments merged by expert."""
+    """Rows of all jobs on top of each other, and their assignments merged by unit."""
     if len(jobs) == 1:
         return jobs[0].x_RD, jobs[0].assignments
-    pieces: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    pieces: dict[Unit, list[tuple[Tensor, Tensor]]] = {}
     first_row = 0
     for job in jobs:
         begin = 0
-        for expert_id, count in job.assignments.counts:
+        for unit, count in job.assignments.counts:
             rows = job.assignments.rows_A[begin : begin + count] + first_row
             weights = job.assignments.weights_A[begin : begin + count]
-            pieces.setdefault(expert_id, []).append((rows, weights))
+            pieces.setdefault(unit, []).append((rows, weights))
             begin += count
         first_row += len(job.x_RD)
     ordered = sorted(pieces)
     nothing = (jobs[0].assignments.rows_A[:0], jobs[0].assignments.weights_A[:0])
-    joined = [nothing, *(piece for expert_id in ordered for piece in pieces[expert_id])]
+    joined = [nothing, *(piece for unit in ordered for piece in pieces[unit])]
     assignments = Assignments(
-        counts=tuple((e, sum(len(rows) for rows, _ in pieces[e])) for e in ordered),
+        counts=tuple((unit, sum(len(rows) for rows, _ in pieces[unit])) for unit in ordered),
         rows_A=torch.cat([rows for rows, _ in joined]),
         weights_A=torch.cat([weights for _, weights in joined]),
     )

@@ -13,12 +13,16 @@ from pathlib import Path
 
 import ray
 import torch
+from ray.util import get_node_ip_address
 
 from cluster import rpc
+from cluster.config import Network, listen_host
 from cluster.expert.batcher import Batcher
 from cluster.expert.service import ExpertService
 from cluster.metrics import WorkerMetrics
+from cluster.security import Security
 from model.experts import ExpertWeights
+from model.units import Unit
 from model.weights import Checkpoint, torch_dtype
 
 logger = logging.getLogger(__name__)
@@ -36,7 +40,7 @@ class WorkerSettings:
     expert_quantization: str | None
     device: str
     num_threads: int
-    host: str
+    network: Network
     lease_s: float
 
 
@@ -66,6 +70,7 @@ class ExpertWorker:
     """
 
     def __init__(self, settings: WorkerSettings) -> None:
+        security = Security.load(settings.network, "worker", os.environ)
         torch.set_num_threads(settings.num_threads)
         self._settings = settings
         checkpoint = Checkpoint(
@@ -75,7 +80,7 @@ class ExpertWorker:
             expert_quantization=settings.expert_quantization,
         )
         self._checkpoint = checkpoint
-        self._held: dict[tuple[int, int], ExpertWeights] = {}
+        self._held: dict[Unit, ExpertWeights] = {}
         self._loaded_bytes = 0
         self._num_wanted = 0
         self._error: str | None = None
@@ -83,7 +88,7 @@ class ExpertWorker:
 
         metrics = WorkerMetrics()
         self._identity = rpc.Identity(
-            settings.name, rpc.fingerprint(checkpoint.config, settings.dtype)
+            settings.name, rpc.fingerprint(checkpoint.config, settings.dtype), security
         )
         service = ExpertService(
             Batcher(self._held, metrics),
@@ -93,7 +98,11 @@ class ExpertWorker:
             self._identity,
             metrics,
         )
-        self._server, self._address = rpc.new_server(settings.host)
+        self._server, self._address = rpc.new_server(
+            listen_host(settings.network.host, get_node_ip_address()),
+            security,
+            metrics.observe_refusal,
+        )
         self._server.add_generic_rpc_handlers((service.handler(),))
         self._server.start()
         self._owner = ""
@@ -105,12 +114,12 @@ class ExpertWorker:
         """Shown by Ray before each log line."""
         return f"ExpertWorker({self._settings.name})"
 
-    def load(self, which: Sequence[tuple[int, int]]) -> None:
-        """Start loading these (layer, expert) units; those already held stay. Returns at once."""
+    def load(self, units: Sequence[Unit]) -> None:
+        """Start loading these units; those already held stay. Returns at once."""
         if self._loader is not None and self._loader.is_alive():
             return
-        missing = [unit for unit in which if unit not in self._held]
-        self._num_wanted = len(which)
+        missing = [unit for unit in units if unit not in self._held]
+        self._num_wanted = len(units)
         self._error = None
         self._loader = threading.Thread(
             target=self._load, args=(missing,), name="loader", daemon=True
@@ -142,12 +151,12 @@ class ExpertWorker:
             self._server.stop(STOP_GRACE_S).wait(STOP_GRACE_S + 1)
             ray.actor.exit_actor()
 
-    def _load(self, which: Sequence[tuple[int, int]]) -> None:
+    def _load(self, units: Sequence[Unit]) -> None:
         started = time.perf_counter()
         try:
-            for layer, expert_id in which:
-                weights = self._checkpoint.load_expert(layer, expert_id)
-                self._held[layer, expert_id] = weights
+            for unit in units:
+                weights = self._checkpoint.load_unit(unit)
+                self._held[unit] = weights
                 self._loaded_bytes += weights.num_bytes
         except Exception as error:
             # The loader's last word: the controller reads it from the next report.
@@ -157,7 +166,7 @@ class ExpertWorker:
         logger.info(
             "%s: loaded %d experts, %d bytes, in %.1f s",
             self._settings.name,
-            len(which),
+            len(units),
             self._loaded_bytes,
             time.perf_counter() - started,
         )

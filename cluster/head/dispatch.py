@@ -25,6 +25,7 @@ from cluster.errors import (
     HandshakeError,
     WireError,
 )
+from cluster.head.choice import choose, options, split
 from cluster.placement import Placement, WorkerInfo
 from model.experts import Assignments, assign
 from model.phases import UNWATCHED, Phases
@@ -79,7 +80,7 @@ class WorkerStream:
         self._waits_since: float | None = None
         self._waits_for = ""
         self._was_slow = False
-        self._channel = grpc.insecure_channel(worker.address, options=rpc.CHANNEL_OPTIONS)
+        self._channel = rpc.new_channel(worker.address, identity.security, "worker")
         try:
             self._shake_hands(identity)
         except BaseException:
@@ -101,7 +102,7 @@ class WorkerStream:
         try:
             reply = hello(identity.hello(), timeout=rpc.HANDSHAKE_TIMEOUT_S)
         except grpc.RpcError as error:
-            if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
+            if error.code() in rpc.REFUSALS:
                 raise HandshakeError(error.details()) from error
             raise ExpertsUnavailableError(
                 f"{self.worker.name} at {self.worker.address} does not answer: "
@@ -221,14 +222,21 @@ class RemoteExperts:
         """Send every row to the workers that hold its experts."""
         self.phases.enter("packing")
         self._adopt_newest()
-        assignments = assign(routing)
+        assignments = assign(layer, routing)
         return RemoteRows(self, layer, x_TD, self.send(layer, x_TD, assignments))
 
     def send(self, layer: int, x_TD: Tensor, assignments: Assignments) -> list[_Part]:
-        """Split assignments by worker, in ascending order, and send each its part."""
+        """Choose a copy of each expert, split by worker, in ascending order, and send the parts."""
         assert self._placement is not None, "dispatch before the first placement"
+        table, workers = self._placement.table[layer], self._placement.workers
+        connected = {index for index, worker in enumerate(workers) if worker in self._streams}
+        wanted = []
+        for unit, count in assignments.counts:
+            copies = table[unit.expert_id]
+            found = options(unit, copies, connected) or options(unit, copies, range(len(workers)))
+            wanted.append((count, found))
         parts = []
-        for worker, mine in _by_worker(assignments, layer, self._placement):
+        for worker, mine in split(assignments, choose(wanted)):
             rows_R, local_A = mine.rows_A.unique(return_inverse=True)
             call = wire.Call(
                 call_id=self._next_call_id,
@@ -358,27 +366,3 @@ class RemoteRows:
             ]
         phases.reveal(compute_s, was="transfer", really="experts")
         return sums_TD
-
-
-def _by_worker(
-    assignments: Assignments, layer: int, placement: Placement
-) -> list[tuple[int, Assignments]]:
-    """Split assignments, sorted by expert, by the worker that holds the expert."""
-    pieces: dict[int, list[tuple[tuple[int, int], slice]]] = {}
-    begin = 0
-    for expert_id, count in assignments.counts:
-        worker = placement.holder(layer, expert_id)
-        piece = ((expert_id, count), slice(begin, begin + count))
-        pieces.setdefault(worker, []).append(piece)
-        begin += count
-    return [
-        (
-            worker,
-            Assignments(
-                counts=tuple(count for count, _ in mine),
-                rows_A=torch.cat([assignments.rows_A[where] for _, where in mine]),
-                weights_A=torch.cat([assignments.weights_A[where] for _, where in mine]),
-            ),
-        )
-        for worker, mine in sorted(pieces.items())
-    ]

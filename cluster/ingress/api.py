@@ -4,14 +4,16 @@ Knows schema, text and HTTP; knows neither gRPC nor Ray.
 """
 
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 
-from cluster.ingress import errors, sse
+from cluster.ingress import anthropic, errors, responses, sse
 from cluster.ingress.answerer import Answerer, Engine
+from cluster.ingress.auth import ANYBODY, Access
 from cluster.ingress.classify import classification
 from cluster.ingress.clients import client_key
 from cluster.ingress.disconnect import unless_disconnected
@@ -43,18 +45,28 @@ def create_app(
     chat: ChatFormat,
     settings: ApiSettings,
     metrics: IngressMetrics,
+    access: Access = ANYBODY,
+    *,
+    beside: Callable[[Answerer], AbstractAsyncContextManager[Any]] = nullcontext,
 ) -> FastAPI:
-    """The whole HTTP side as one ASGI app."""
+    """The whole HTTP side as one ASGI app.
+
+    access: who may use it. beside: a door that is no HTTP, open while the app runs.
+    """
+    answerer = Answerer(engine, tokenizer, chat, settings, metrics)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        async with engine.running():
+        async with engine.running(), beside(answerer):
             yield
 
     app = FastAPI(title="Maestrale", lifespan=lifespan)
-    app.include_router(_Api(Answerer(engine, tokenizer, chat, settings, metrics)).router())
+    app.include_router(_Api(answerer).router())
+    app.include_router(responses.router(answerer))
+    app.include_router(anthropic.router(answerer))
     errors.install(app)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    app.add_middleware(access.protect)
     app.add_middleware(RequestLog, metrics=metrics)
     return app
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -13,12 +14,14 @@ from cluster import rpc
 from cluster.config import ServeConfig
 from cluster.follow import follow
 from cluster.ingress.api import create_app
+from cluster.ingress.auth import Access, read_api_keys
 from cluster.ingress.heads import HeadPool
 from cluster.ingress.journal import Journal
 from cluster.ingress.prepare import ApiSettings
 from cluster.metrics import IngressMetrics, merge
 from cluster.placement import ClusterView
 from cluster.schema import Readiness, WorkerStatus
+from cluster.security import Security
 from model.chat import ChatFormat
 from model.config import MixtralConfig
 from model.generation_defaults import GenerationDefaults
@@ -45,9 +48,20 @@ class Ingress:
         tokenizer = Tokenizer.from_folder(folder)
         metrics = IngressMetrics()
         name = f"ingress-{serve.get_replica_context().replica_id.unique_id}"
-        identity = rpc.Identity(name, rpc.fingerprint(model, config.dtype))
+        security = Security.load(config.network, "ingress", os.environ)
+        identity = rpc.Identity(name, rpc.fingerprint(model, config.dtype), security)
         self._app = create_app(
-            Cluster(controller, HeadPool(identity), metrics, name),
+            Cluster(
+                controller,
+                HeadPool(
+                    identity,
+                    metrics,
+                    silent_after_s=config.head_timeout_s,
+                    wait_s=config.head_wait_s,
+                ),
+                metrics,
+                identity,
+            ),
             tokenizer,
             ChatFormat.from_folder(folder, tokenizer),
             ApiSettings(
@@ -65,6 +79,11 @@ class Ingress:
                 sse_keep_alive_s=config.sse_keep_alive_s,
             ),
             metrics,
+            Access.with_keys(
+                read_api_keys(config.api_keys_file, os.environ),
+                allow_open=config.allow_open_http,
+                allowed_origins=config.allowed_origins,
+            ),
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -75,12 +94,12 @@ class Cluster:
     """The API's engine: the heads, as the controller last told. Owned by the event loop."""
 
     def __init__(
-        self, controller: Any, heads: HeadPool, metrics: IngressMetrics, name: str
+        self, controller: Any, heads: HeadPool, metrics: IngressMetrics, identity: rpc.Identity
     ) -> None:
         self._controller = controller
         self._heads = heads
         self._metrics = metrics
-        self._name = name
+        self._identity = identity
         self._view: ClusterView | None = None
 
     @asynccontextmanager
@@ -111,14 +130,18 @@ class Cluster:
                 heads_expected=0,
                 workers=[],
             )
-        placement = view.placement
+        placement, num_ready = view.placement, self._heads.num_ready
+        is_ready = placement is not None and num_ready > 0
+        phase = view.phase
+        if view.is_ready and not is_ready:
+            phase = "waiting for a head replica"  # which the controller still, or only, knows
         return Readiness(
-            ready=view.is_ready,
-            phase=view.phase,
+            ready=is_ready,
+            phase=phase,
             percent=view.percent,
             error=view.error,
             epoch=placement.epoch if placement else 0,
-            heads_ready=len(view.heads),
+            heads_ready=num_ready,
             heads_expected=view.heads_expected,
             workers=[
                 WorkerStatus(
@@ -141,9 +164,12 @@ class Cluster:
             workers = view.placement.workers if view.placement else ()
             peers += [(worker.name, worker.address, rpc.EXPERT_SERVICE) for worker in workers]
         texts = await asyncio.gather(
-            *(rpc.scrape(address, service) for _, address, service in peers)
+            *(
+                rpc.scrape(address, service, self._identity.security)
+                for _, address, service in peers
+            )
         )
-        own = {self._name: self._metrics.exposition()}
+        own = {self._identity.name: self._metrics.exposition()}
         return merge(own | {name: text for (name, _, _), text in zip(peers, texts, strict=True)})
 
     def _on_view(self, view: ClusterView) -> None:

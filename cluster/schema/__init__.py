@@ -47,9 +47,20 @@ from cluster.schema.requests import (
     ClassifyRequest,
     CompletionRequest,
     ContentPart,
+    Conversation,
     GenerationRequest,
     ModelRequest,
     StreamOptions,
+)
+from cluster.schema.tools import (
+    MAX_TOOLS,
+    FunctionCall,
+    FunctionCallDelta,
+    FunctionDefinition,
+    Tool,
+    ToolCall,
+    ToolCallDelta,
+    ToolChoice,
 )
 
 __all__ = [
@@ -61,6 +72,7 @@ __all__ = [
     "MAX_LOGPROBS",
     "MAX_PRIORITY",
     "MAX_SEED",
+    "MAX_TOOLS",
     "RESUMED_TOKENS",
     "AssistantMessage",
     "ChatChoice",
@@ -80,8 +92,12 @@ __all__ = [
     "CompletionRequest",
     "ContentLogprob",
     "ContentPart",
+    "Conversation",
     "ErrorBody",
     "ErrorDetail",
+    "FunctionCall",
+    "FunctionCallDelta",
+    "FunctionDefinition",
     "GenerationRequest",
     "JsonSchemaFormat",
     "Model",
@@ -96,6 +112,10 @@ __all__ = [
     "StreamOptions",
     "StructuredOutputs",
     "TokenLogprob",
+    "Tool",
+    "ToolCall",
+    "ToolCallDelta",
+    "ToolChoice",
     "Usage",
     "WorkerStatus",
 ]

@@ -14,11 +14,12 @@ from cluster.errors import ExpertFailedError, ExpertsUnavailableError, Handshake
 from cluster.head.dispatch import PlacementFeed, RemoteExperts, WorkerStream
 from cluster.head.probe import pass_through_every_expert
 from model import TINY, Mixtral
-from model.experts import Experts, LocalExperts
+from model.experts import Assignments, Experts, LocalExperts
 from model.sampling_params import SamplingParams
+from model.units import Unit
 from model.weights import Checkpoint
 from protos import expert_pb2, peer_pb2
-from tests.integration.proxy import CuttingProxy
+from tests.faults import Proxy
 from tests.integration.workers import WorkerServer, placement_on, remote_experts
 from tests.oracle import Oracle
 
@@ -79,10 +80,8 @@ def test_workers_may_hold_their_experts_in_different_forms(
     experts = remote_experts(feed, checkpoint)
     mixed = LocalExperts(
         {
-            (layer, expert_id): each[placement.holder(layer, expert_id)].load_expert(
-                layer, expert_id
-            )
-            for layer, expert_id in mixtral.config.expert_units
+            unit: each[placement.holder(unit.layer, unit.expert_id)].load_unit(unit)
+            for unit in mixtral.config.expert_units
         }
     )
     try:
@@ -168,7 +167,7 @@ def test_a_cut_connection_to_a_living_worker_costs_no_token(
 ) -> None:
     prompt = mixtral.tokenizer.encode_prompt("Once upon a time")
     expected = mixtral.generate_ids([prompt], [GREEDY])
-    with CuttingProxy(two_workers[1].address) as proxy:
+    with Proxy(two_workers[1].address) as proxy:
         placement = placement_on(two_workers, checkpoint)
         behind_proxy = replace(placement.workers[1], address=proxy.address)
         feed = PlacementFeed()
@@ -209,7 +208,7 @@ def test_a_lost_worker_without_successor_is_an_error_within_the_bound(
 def test_a_worker_that_never_answers_is_an_error_within_the_deadline(
     mixtral: Mixtral, checkpoint: Checkpoint, two_workers: list[WorkerServer]
 ) -> None:
-    with CuttingProxy(two_workers[1].address) as proxy:
+    with Proxy(two_workers[1].address) as proxy:
         placement = placement_on(two_workers, checkpoint)
         behind_proxy = replace(placement.workers[1], address=proxy.address)
         feed = PlacementFeed()
@@ -231,15 +230,13 @@ def channel(two_workers: list[WorkerServer]) -> Iterator[grpc.Channel]:
 
 
 def good_call(call_id: int = 1) -> bytes:
-    from model.experts import Assignments
-
     return wire.encode_call(
         wire.Call(
             call_id=call_id,
             epoch=1,
             layer=0,
             x_RD=torch.ones(1, 192),
-            assignments=Assignments(((0, 1),), torch.tensor([0]), torch.tensor([1.0])),
+            assignments=Assignments(((Unit(0, 0), 1),), torch.tensor([0]), torch.tensor([1.0])),
         )
     )
 
@@ -287,7 +284,7 @@ def test_an_expert_that_is_not_held_is_refused_by_name(checkpoint: Checkpoint) -
     finally:
         server.stop(None).wait()
     assert reply.error == expert_pb2.ERROR_NOT_HELD
-    assert "experts [0] of layer 0" in reply.message
+    assert "expert 0 of layer 0" in reply.message
 
 
 def test_an_expert_that_cannot_compute_is_not_asked_again(

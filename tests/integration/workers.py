@@ -5,7 +5,9 @@ from cluster.expert.batcher import Batcher
 from cluster.expert.service import ExpertService
 from cluster.head.dispatch import PlacementFeed, RemoteExperts
 from cluster.metrics import WorkerMetrics
-from cluster.placement import Placement, Table, WorkerInfo, held_by, plan
+from cluster.placement import Placement, Table, WorkerInfo
+from cluster.planning import plan
+from cluster.security import Security
 from model.weights import Checkpoint
 
 
@@ -27,11 +29,13 @@ class WorkerServer:
     """Holds every expert, so that it can stand in for any other; which are asked for, the
     placement says."""
 
-    def __init__(self, name: str, checkpoint: Checkpoint) -> None:
-        held = checkpoint.load_experts(held_by(table_of(checkpoint, 1), 0))
+    def __init__(
+        self, name: str, checkpoint: Checkpoint, security: Security = rpc.LOOPBACK_ONLY
+    ) -> None:
+        held = checkpoint.load_experts(checkpoint.config.expert_units)
         self.metrics = WorkerMetrics()
         self.identity = rpc.Identity(
-            name, rpc.fingerprint(checkpoint.config, dtype_name(checkpoint))
+            name, rpc.fingerprint(checkpoint.config, dtype_name(checkpoint)), security
         )
         service = ExpertService(
             Batcher(held, self.metrics),
@@ -41,7 +45,9 @@ class WorkerServer:
             self.identity,
             self.metrics,
         )
-        self.server, self.address = rpc.new_server("127.0.0.1")
+        self.server, self.address = rpc.new_server(
+            "127.0.0.1", security, self.metrics.observe_refusal
+        )
         self.server.add_generic_rpc_handlers((service.handler(),))
         self.server.start()
 
@@ -65,6 +71,8 @@ def remote_experts(
     *,
     timeout_s: float = 20.0,
     recovery_timeout_s: float = 20.0,
+    security: Security = rpc.LOOPBACK_ONLY,
 ) -> RemoteExperts:
-    identity = rpc.Identity("head", rpc.fingerprint(checkpoint.config, dtype_name(checkpoint)))
+    fingerprint = rpc.fingerprint(checkpoint.config, dtype_name(checkpoint))
+    identity = rpc.Identity("head", fingerprint, security)
     return RemoteExperts(feed, identity, timeout_s=timeout_s, recovery_timeout_s=recovery_timeout_s)

@@ -160,8 +160,7 @@ def test_a_rolling_cache_computes_what_the_whole_one_does(
     write_checkpoint(tmp_path, config, tensors)
     checkpoint = Checkpoint(tmp_path)
     decoder = Decoder(checkpoint.config, checkpoint.load_decoder(), attention=attention)
-    units = [(layer, expert) for layer in range(2) for expert in range(4)]
-    experts = LocalExperts(checkpoint.load_experts(units))
+    experts = LocalExperts(checkpoint.load_experts(checkpoint.config.expert_units))
     need = blocks_of_sequence(length, block_size, window=window, max_new=chunk)
     assert need * block_size < length
     cache = KVCache(

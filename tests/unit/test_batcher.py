@@ -1,7 +1,7 @@
 """Calls that are computed together get what each would get alone."""
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from cluster.expert.batcher import Batcher, NotHeldError
 from cluster.metrics import WorkerMetrics
 from model.experts import Assignments, ExpertWeights, assign, weighted_sums
 from model.router import Routing
+from model.units import Unit
 from tests.cluster_fakes import DEADLINE_S, random_rows
 
 NUM_LAYERS, NUM_EXPERTS, HIDDEN, INNER = 2, 4, 6, 5
@@ -21,15 +22,15 @@ TOLERANCE = 1e-6
 """In float32 a matrix product may add in another order when it has more rows."""
 
 
-class Held(dict[tuple[int, int], ExpertWeights]):
+class Held(dict[Unit, ExpertWeights]):
     """Weights; a computation that takes them from here waits until it is let through."""
 
-    def __init__(self, weights: Mapping[tuple[int, int], ExpertWeights]) -> None:
+    def __init__(self, weights: Mapping[Unit, ExpertWeights]) -> None:
         super().__init__(weights)
         self.is_computing = threading.Event()
         self.may_go_on = threading.Event()
 
-    def __getitem__(self, unit: tuple[int, int]) -> ExpertWeights:
+    def __getitem__(self, unit: Unit) -> ExpertWeights:
         self.is_computing.set()
         assert self.may_go_on.wait(DEADLINE_S)
         return super().__getitem__(unit)
@@ -40,11 +41,11 @@ class Passes(WorkerMetrics):
 
     def __init__(self) -> None:
         super().__init__()
-        self.passes: list[tuple[int, dict[int, int]]] = []
+        self.passes: list[dict[Unit, int]] = []
 
-    def observe_pass(self, layer: int, rows_by_expert: Mapping[int, int], seconds: float) -> None:
-        super().observe_pass(layer, rows_by_expert, seconds)
-        self.passes.append((layer, dict(rows_by_expert)))
+    def observe_pass(self, counts: Iterable[tuple[Unit, int]], seconds: float) -> None:
+        super().observe_pass(counts, seconds)
+        self.passes.append(dict(counts))
 
 
 class CountingLock:
@@ -88,10 +89,10 @@ class Caller(threading.Thread):
 
 
 @pytest.fixture(scope="module")
-def weights() -> dict[tuple[int, int], ExpertWeights]:
+def weights() -> dict[Unit, ExpertWeights]:
     generator = torch.Generator().manual_seed(1)
     return {
-        (layer, expert_id): ExpertWeights(
+        Unit(layer, expert_id): ExpertWeights(
             torch.randn(2 * INNER, HIDDEN, generator=generator) * HIDDEN**-0.5,
             torch.randn(HIDDEN, INNER, generator=generator) * INNER**-0.5,
         )
@@ -100,25 +101,25 @@ def weights() -> dict[tuple[int, int], ExpertWeights]:
     }
 
 
-def call_of(num_rows: int, *, seed: int, top_k: int = 2) -> tuple[Tensor, Assignments]:
+Call = tuple[int, Tensor, Assignments]
+"""What `Batcher.compute` takes."""
+
+
+def call_of(num_rows: int, *, layer: int = 0, seed: int, top_k: int = 2) -> Call:
     """Random rows, each for top_k random experts."""
     generator = torch.Generator().manual_seed(seed)
     scores = torch.rand(num_rows, NUM_EXPERTS, generator=generator)
     weights_TK = torch.rand(num_rows, top_k, generator=generator)
     routing = Routing(scores.argsort(dim=1)[:, :top_k], weights_TK)
-    return random_rows(num_rows, HIDDEN, seed=seed), assign(routing)
+    return layer, random_rows(num_rows, HIDDEN, seed=seed), assign(layer, routing)
 
 
-def alone(
-    weights: Mapping[tuple[int, int], ExpertWeights], layer: int, call: tuple[Tensor, Assignments]
-) -> Tensor:
-    experts = {e: w for (where, e), w in weights.items() if where == layer}
-    return weighted_sums(experts, *call)
+def alone(weights: Mapping[Unit, ExpertWeights], call: Call) -> Tensor:
+    _, x_RD, assignments = call
+    return weighted_sums(weights, x_RD, assignments)
 
 
-def pile_up(
-    batcher_held: Held, metrics: Passes, calls: list[tuple[int, Tensor, Assignments]]
-) -> list[Caller]:
+def pile_up(batcher_held: Held, metrics: Passes, calls: list[Call]) -> list[Caller]:
     """The first call computes while all others queue behind it; returns when all have ended."""
     lock = CountingLock()
     batcher = Batcher(batcher_held, metrics, _waiting_lock=lock)  # type: ignore[arg-type]
@@ -139,32 +140,30 @@ def pile_up(
     seed=st.integers(0, 2**30),
 )
 def test_joined_calls_get_what_each_gets_alone(
-    weights: dict[tuple[int, int], ExpertWeights], sizes: list[int], top_k: int, seed: int
+    weights: dict[Unit, ExpertWeights], sizes: list[int], top_k: int, seed: int
 ) -> None:
-    calls = [call_of(size, seed=seed + i, top_k=top_k) for i, size in enumerate(sizes)]
-    callers = pile_up(Held(weights), Passes(), [(1, *call) for call in calls])
+    calls = [call_of(size, layer=1, seed=seed + i, top_k=top_k) for i, size in enumerate(sizes)]
+    callers = pile_up(Held(weights), Passes(), calls)
     for caller, call in zip(callers, calls, strict=True):
         assert caller.error is None
         assert caller.sums_RD is not None
         torch.testing.assert_close(
-            caller.sums_RD, alone(weights, 1, call), rtol=TOLERANCE, atol=TOLERANCE
+            caller.sums_RD, alone(weights, call), rtol=TOLERANCE, atol=TOLERANCE
         )
 
 
 def test_calls_that_pile_up_behind_a_computation_leave_in_one_pass_per_layer(
-    weights: dict[tuple[int, int], ExpertWeights],
+    weights: dict[Unit, ExpertWeights],
 ) -> None:
     layers = [0, 1, 0, 1, 1, 0]
-    calls = [call_of(3, seed=i, top_k=NUM_EXPERTS) for i in range(len(layers))]
+    calls = [call_of(3, layer=layer, seed=i, top_k=NUM_EXPERTS) for i, layer in enumerate(layers)]
     metrics = Passes()
-    pile_up(
-        Held(weights), metrics, [(layer, *call) for layer, call in zip(layers, calls, strict=True)]
-    )
+    pile_up(Held(weights), metrics, calls)
     first, *others = metrics.passes
-    assert first == (0, dict.fromkeys(range(NUM_EXPERTS), 3))
-    assert sorted(others) == [
-        (0, dict.fromkeys(range(NUM_EXPERTS), 6)),
-        (1, dict.fromkeys(range(NUM_EXPERTS), 9)),
+    assert first == {Unit(0, expert_id): 3 for expert_id in range(NUM_EXPERTS)}
+    assert sorted(others, key=min) == [
+        {Unit(0, expert_id): 6 for expert_id in range(NUM_EXPERTS)},
+        {Unit(1, expert_id): 9 for expert_id in range(NUM_EXPERTS)},
     ]
     exposition = metrics.exposition()
     assert f"maestrale_expert_passes_total {float(3 * NUM_EXPERTS)}" in exposition
@@ -172,54 +171,50 @@ def test_calls_that_pile_up_behind_a_computation_leave_in_one_pass_per_layer(
 
 
 def test_a_call_that_nobody_waits_beside_is_computed_at_once(
-    weights: dict[tuple[int, int], ExpertWeights],
+    weights: dict[Unit, ExpertWeights],
 ) -> None:
     metrics = Passes()
     batcher = Batcher(weights, metrics)
     for layer in (0, 1, 0):
-        call = call_of(4, seed=layer)
-        torch.testing.assert_close(
-            batcher.compute(layer, *call), alone(weights, layer, call), rtol=0, atol=0
-        )
-    assert [layer for layer, _ in metrics.passes] == [0, 1, 0]
+        call = call_of(4, layer=layer, seed=layer)
+        torch.testing.assert_close(batcher.compute(*call), alone(weights, call), rtol=0, atol=0)
+    assert [min(counts).layer for counts in metrics.passes] == [0, 1, 0]
 
 
 def test_an_expert_that_is_not_held_is_refused_by_name(
-    weights: dict[tuple[int, int], ExpertWeights],
+    weights: dict[Unit, ExpertWeights],
 ) -> None:
-    held = {unit: w for unit, w in weights.items() if unit not in {(1, 0), (1, 2)}}
+    held = {unit: w for unit, w in weights.items() if unit not in {Unit(1, 0), Unit(1, 2)}}
     batcher = Batcher(held, Passes())
-    call = call_of(3, seed=0, top_k=NUM_EXPERTS)
-    with pytest.raises(NotHeldError, match=r"experts \[0, 2\] of layer 1"):
-        batcher.compute(1, *call)
-    batcher.compute(0, *call)  # the same experts of another layer are there
+    with pytest.raises(NotHeldError, match=r": expert 0 of layer 1, expert 2 of layer 1$"):
+        batcher.compute(*call_of(3, layer=1, seed=0, top_k=NUM_EXPERTS))
+    # the same experts of another layer are there
+    batcher.compute(*call_of(3, layer=0, seed=0, top_k=NUM_EXPERTS))
 
 
 def test_an_expert_is_used_from_the_moment_it_is_held(
-    weights: dict[tuple[int, int], ExpertWeights],
+    weights: dict[Unit, ExpertWeights],
 ) -> None:
-    held: dict[tuple[int, int], ExpertWeights] = {}
+    held: dict[Unit, ExpertWeights] = {}
     batcher = Batcher(held, Passes())
     call = call_of(3, seed=0)
     with pytest.raises(NotHeldError):
-        batcher.compute(0, *call)
+        batcher.compute(*call)
     held.update(weights)
-    torch.testing.assert_close(batcher.compute(0, *call), alone(weights, 0, call))
+    torch.testing.assert_close(batcher.compute(*call), alone(weights, call))
 
 
 def test_a_failing_computation_reaches_exactly_its_callers(
-    weights: dict[tuple[int, int], ExpertWeights],
+    weights: dict[Unit, ExpertWeights],
 ) -> None:
     broken = {
-        (layer, e): ExpertWeights(w.w13_2FD, w.w2_DF[:, 1:]) if layer == 1 else w
-        for (layer, e), w in weights.items()
+        unit: ExpertWeights(w.w13_2FD, w.w2_DF[:, 1:]) if unit.layer == 1 else w
+        for unit, w in weights.items()
     }
     layers = [0, 1, 0, 1, 0]
-    calls = [call_of(2, seed=i) for i in range(len(layers))]
+    calls = [call_of(2, layer=layer, seed=i) for i, layer in enumerate(layers)]
     held = Held(broken)
-    callers = pile_up(
-        held, Passes(), [(layer, *call) for layer, call in zip(layers, calls, strict=True)]
-    )
+    callers = pile_up(held, Passes(), calls)
     for layer, caller, call in zip(layers, callers, calls, strict=True):
         if layer == 1:
             assert isinstance(caller.error, RuntimeError)
@@ -227,28 +222,28 @@ def test_a_failing_computation_reaches_exactly_its_callers(
         else:
             assert caller.error is None
             assert caller.sums_RD is not None
-            torch.testing.assert_close(caller.sums_RD, alone(weights, 0, call))
+            torch.testing.assert_close(caller.sums_RD, alone(weights, call))
 
 
 def test_after_a_failure_the_next_call_is_computed(
-    weights: dict[tuple[int, int], ExpertWeights],
+    weights: dict[Unit, ExpertWeights],
 ) -> None:
     held = dict(weights)
     batcher = Batcher(held, Passes())
     call = call_of(2, seed=0)
-    held[0, 0] = ExpertWeights(torch.ones(3, 3), torch.ones(3, 3))
+    held[Unit(0, 0)] = ExpertWeights(torch.ones(3, 3), torch.ones(3, 3))
     with pytest.raises(RuntimeError):
-        batcher.compute(0, *call_of(2, seed=0, top_k=NUM_EXPERTS))
-    held[0, 0] = weights[0, 0]
-    torch.testing.assert_close(batcher.compute(0, *call), alone(weights, 0, call))
+        batcher.compute(*call_of(2, seed=0, top_k=NUM_EXPERTS))
+    held[Unit(0, 0)] = weights[Unit(0, 0)]
+    torch.testing.assert_close(batcher.compute(*call), alone(weights, call))
 
 
 def test_calls_without_assignments_get_zeros_joined_or_not(
-    weights: dict[tuple[int, int], ExpertWeights],
+    weights: dict[Unit, ExpertWeights],
 ) -> None:
     """The wire allows them."""
     nothing = Assignments((), torch.empty(0, dtype=torch.int64), torch.empty(0))
-    calls = [(0, *call_of(2, seed=0))]
+    calls = [call_of(2, seed=0)]
     calls += [(1, random_rows(3, HIDDEN, seed=i), nothing) for i in range(2)]
     _, *callers = pile_up(Held(weights), Passes(), calls)
     for caller in callers:

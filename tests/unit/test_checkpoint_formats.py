@@ -22,6 +22,7 @@ from model.generation_defaults import GenerationDefaults
 from model.layouts import Layout
 from model.progress import Progress
 from model.tensor_files import SafetensorsFile
+from model.units import Unit
 from model.weights import Checkpoint
 from tests.fakes import (
     fused,
@@ -146,7 +147,7 @@ def test_logits_of_every_layout_equal_the_oracles(
     from tests.oracle import Oracle
 
     checkpoint = Checkpoint(write(tmp_path, tensors), dtype=torch.float32)
-    experts = checkpoint.load_experts((layer, e) for layer in range(2) for e in range(4))
+    experts = checkpoint.load_experts(checkpoint.config.expert_units)
     decoder = Decoder(checkpoint.config, checkpoint.load_decoder())
     # the tokenizer and the chat format have no part in logits
     mixtral = Mixtral(decoder, LocalExperts(experts), None, None)  # type: ignore[arg-type]
@@ -198,7 +199,7 @@ def test_a_worker_reads_its_own_expert_of_a_fused_tensor_alone(
     for name in ("gate_up_proj", "down_proj"):
         stored[f"model.layers.1.mlp.experts.{name}"][2] = torch.nan  # read, it would be refused
     checkpoint = Checkpoint(write_checkpoint(tmp_path, CONFIG, stored))
-    assert set(checkpoint.load_experts([(1, 1), (1, 3)])) == {(1, 1), (1, 3)}
+    checkpoint.load_experts([Unit(1, 1), Unit(1, 3)])
     with pytest.raises(CheckpointError, match="gate_up_proj holds values that are not finite"):
         checkpoint.load_expert(1, 2)
 
@@ -455,7 +456,7 @@ def load_small(folder: Path) -> list[Tensor]:
     checkpoint = Checkpoint(folder)
     decoder = checkpoint.load_decoder()
     layer = decoder.layers[0]
-    experts = checkpoint.load_experts((0, expert_id) for expert_id in range(4)).values()
+    experts = checkpoint.load_experts(Unit(0, expert_id) for expert_id in range(4)).values()
     outer = [decoder.embedding_VD, decoder.final_norm_D, decoder.lm_head_VD]
     inner = [layer.attention_norm_D, layer.wqkv, layer.wo, layer.experts_norm_D, layer.gate_ED]
     return outer + inner + [t for expert in experts for t in (expert.w13_2FD, expert.w2_DF)]

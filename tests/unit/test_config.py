@@ -64,6 +64,22 @@ def test_a_network_is_only_used_knowingly(host: str) -> None:
     assert ServeConfig(data_plane_host=host, allow_plaintext_network=True).data_plane_host == host
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [{"tls_folder": "certs"}, {"cluster_token": "token"}, {"cluster_token": "environment"}],
+)
+def test_a_network_may_be_used_where_peers_are_known(fields: dict[str, Any]) -> None:
+    network = ServeConfig(data_plane_host="10.1.2.3", **fields).network
+    (name,) = fields
+    expected = "environment" if "environment" in fields.values() else Path(fields[name])
+    assert (network.host, getattr(network, name)) == ("10.1.2.3", expected)
+
+
+def test_certificates_and_a_token_exclude_each_other() -> None:
+    with pytest.raises(ValidationError, match="exclude each other"):
+        ServeConfig(tls_folder=Path("certs"), cluster_token="environment")
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1"])
 def test_loopback_needs_no_permission(host: str) -> None:
     assert ServeConfig(data_plane_host=host).data_plane_host == host

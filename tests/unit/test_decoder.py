@@ -138,12 +138,7 @@ def test_any_mixtral_equals_the_oracle_however_scheduled(
     folder = tmp_path_factory.mktemp("checkpoint")
     checkpoint = Checkpoint(write_checkpoint(folder, config, tensors, num_shards=num_shards))
     decoder = Decoder(checkpoint.config, checkpoint.load_decoder())
-    keys = [
-        (layer, expert_id)
-        for layer in range(config["num_hidden_layers"])
-        for expert_id in range(config["num_local_experts"])
-    ]
-    experts = LocalExperts(checkpoint.load_experts(keys))
+    experts = LocalExperts(checkpoint.load_experts(checkpoint.config.expert_units))
     rng = random.Random(seed)
     sequences = [rng.choices(range(config["vocab_size"]), k=k) for k in (1, 5, 14)]
 

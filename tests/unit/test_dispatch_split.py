@@ -1,6 +1,5 @@
 """A step's rows, split over workers and summed, are what one process computes."""
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,14 +11,16 @@ from hypothesis import strategies as st
 
 from cluster.errors import ExpertsUnavailableError
 from cluster.head import dispatch
-from cluster.head.dispatch import PlacementFeed, RemoteExperts, _by_worker
-from cluster.placement import Placement, Table, WorkerInfo, plan
+from cluster.head.dispatch import PlacementFeed, RemoteExperts
+from cluster.placement import Copy, Placement, Table, WorkerInfo
+from cluster.planning import plan
 from cluster.rpc import Identity
 from model import Mixtral
-from model.experts import Assignments, assign, weighted_sums
+from model.experts import ExpertWeights
 from model.phases import Phase
 from model.router import Routing
 from model.sampling_params import SamplingParams
+from model.units import Unit
 from model.weights import Checkpoint
 from tests.cluster_fakes import Weights, Workers, random_rows
 
@@ -29,13 +30,16 @@ NUM_EXPERTS = 8
 
 
 @pytest.fixture(scope="module")
-def weights(tiny_folder: Path, mixtral: Mixtral) -> Weights:
+def weights(tiny_folder: Path) -> Weights:
+    """Every expert and every slice, loaded when first asked for."""
+
+    class Loaded(dict[Unit, ExpertWeights]):
+        def __missing__(self, unit: Unit) -> ExpertWeights:
+            self[unit] = checkpoint.load_unit(unit)
+            return self[unit]
+
     checkpoint = Checkpoint(tiny_folder, dtype=torch.float32)
-    return checkpoint.load_experts(
-        (layer, expert_id)
-        for layer in range(mixtral.config.num_hidden_layers)
-        for expert_id in range(NUM_EXPERTS)
-    )
+    return Loaded()
 
 
 def placement_of(table: Table, num_workers: int, *, epoch: int = 1) -> Placement:
@@ -67,60 +71,7 @@ def routing_of(num_rows: int, *, seed: int, top_k: int = 2) -> Routing:
     return Routing(scores_TE.argsort(dim=1)[:, :top_k], weights_TK)
 
 
-def triples(assignments: Assignments) -> list[tuple[int, int, float]]:
-    """(expert, row, weight) of each assignment."""
-    experts = [e for e, count in assignments.counts for _ in range(count)]
-    rows, weights = assignments.rows_A.tolist(), assignments.weights_A.tolist()
-    return list(zip(experts, rows, weights, strict=True))
-
-
-# --- the split itself ---
-
-
-@given(
-    holders=st.lists(st.integers(0, 4), min_size=NUM_EXPERTS, max_size=NUM_EXPERTS),
-    num_rows=st.integers(1, 20),
-    top_k=st.integers(1, 4),
-    seed=st.integers(0, 2**30),
-)
-def test_every_assignment_goes_to_the_one_worker_that_holds_its_expert(
-    holders: list[int], num_rows: int, top_k: int, seed: int
-) -> None:
-    placement = placement_of((tuple((worker,) for worker in holders),), 5)
-    assignments = assign(routing_of(num_rows, seed=seed, top_k=top_k))
-    split = _by_worker(assignments, 0, placement)
-    workers = [worker for worker, _ in split]
-    assert workers == sorted(set(workers))
-    for worker, mine in split:
-        experts = [expert_id for expert_id, _ in mine.counts]
-        assert experts == sorted(set(experts))
-        assert {holders[expert_id] for expert_id in experts} == {worker}
-        assert all(count > 0 for _, count in mine.counts)
-    together = Counter(triple for _, mine in split for triple in triples(mine))
-    assert together == Counter(triples(assignments))
-    assert max(together.values()) == 1
-
-
-@given(
-    holders=st.lists(st.integers(0, 3), min_size=NUM_EXPERTS, max_size=NUM_EXPERTS),
-    num_rows=st.integers(1, 20),
-    seed=st.integers(0, 2**30),
-)
-def test_the_workers_sums_add_up_to_what_one_process_computes(
-    mixtral: Mixtral, weights: Weights, holders: list[int], num_rows: int, seed: int
-) -> None:
-    placement = placement_of((tuple((worker,) for worker in holders),), 4)
-    x_TD = random_rows(num_rows, mixtral.config.hidden_size, seed=seed)
-    routing = routing_of(num_rows, seed=seed)
-    experts = {expert_id: weights[0, expert_id] for expert_id in range(NUM_EXPERTS)}
-    sums_TD = torch.zeros_like(x_TD)
-    for _, mine in _by_worker(assign(routing), 0, placement):
-        sums_TD += weighted_sums(experts, x_TD, mine)
-    expected = mixtral.experts.dispatch(0, x_TD, routing).wait()
-    torch.testing.assert_close(sums_TD, expected, rtol=TOLERANCE, atol=TOLERANCE)
-
-
-# --- the same through the bytes ---
+# --- what is computed, through the bytes ---
 
 
 @contextmanager
@@ -166,6 +117,45 @@ def test_remote_experts_compute_what_local_ones_do(
             )
 
 
+NUM_WORKERS = 4
+
+
+@st.composite
+def copies_of_an_expert(draw: st.DrawFn) -> tuple[Copy, ...]:
+    """Copies on different workers, each whole or in slices."""
+    workers = draw(st.permutations(range(NUM_WORKERS)))
+    copies, begin = [], 0
+    for num_slices in draw(st.lists(st.integers(1, 3), min_size=1, max_size=3)):
+        copies.append(tuple(workers[begin : begin + num_slices]))
+        begin += num_slices
+    return tuple(copy for copy in copies if copy)
+
+
+@given(
+    layer=st.lists(copies_of_an_expert(), min_size=NUM_EXPERTS, max_size=NUM_EXPERTS).map(tuple),
+    num_rows=st.integers(1, 20),
+    top_k=st.integers(1, 4),
+    seed=st.integers(0, 2**30),
+)
+def test_any_placement_gives_the_sums_of_local_experts(
+    mixtral: Mixtral,
+    weights: Weights,
+    layer: tuple[tuple[Copy, ...], ...],
+    num_rows: int,
+    top_k: int,
+    seed: int,
+) -> None:
+    x_TD = random_rows(num_rows, mixtral.config.hidden_size, seed=seed)
+    routing = routing_of(num_rows, seed=seed, top_k=top_k)
+    with remote(mixtral, weights, placement_of((layer,), NUM_WORKERS)) as (experts, _):
+        torch.testing.assert_close(
+            experts.dispatch(0, x_TD, routing).wait(),
+            mixtral.experts.dispatch(0, x_TD, routing).wait(),
+            rtol=TOLERANCE,
+            atol=TOLERANCE,
+        )
+
+
 def test_a_row_travels_once_to_each_worker_that_needs_it(
     mixtral: Mixtral, weights: Weights
 ) -> None:
@@ -179,7 +169,7 @@ def test_a_row_travels_once_to_each_worker_that_needs_it(
             needed = {
                 row
                 for row, chosen in enumerate(routing.expert_ids_TK.tolist())
-                if any(placement.holder(3, expert_id) == index for expert_id in chosen)
+                if any(placement.table[3][expert_id] == ((index,),) for expert_id in chosen)
             }
             assert torch.equal(call.x_RD, x_TD[sorted(needed)])
             assert (call.layer, call.epoch) == (3, 1)
@@ -252,7 +242,7 @@ def test_rows_of_a_lost_worker_follow_their_experts_to_a_new_placement(
     survivor, lost = old.workers
     fresh = WorkerInfo("worker-2", "127.0.0.1:9", 7, 0)
     table = tuple(
-        tuple((0,) if holders == (0,) or e == 1 else (1,) for e, holders in enumerate(layer))
+        tuple(((0,),) if copies == ((0,),) or e == 1 else ((1,),) for e, copies in enumerate(layer))
         for layer in old.table
     )
     new = Placement(2, (survivor, fresh), table)

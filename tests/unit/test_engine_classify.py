@@ -123,7 +123,7 @@ def test_the_probe_of_a_classifier_goes_through_every_expert(classifier: Classif
             return classifier.experts.dispatch(layer, x_TD, routing)
 
     pass_through_every_expert(classifier.decoder, Watched())
-    assert asked == set(classifier.config.expert_units)
+    assert asked == {(unit.layer, unit.expert_id) for unit in classifier.config.expert_units}
 
 
 def test_the_contract_carries_the_task_down_and_the_scores_up() -> None:

@@ -9,6 +9,7 @@ from prometheus_client.core import Sample
 from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.metrics import HeadMetrics, IngressMetrics, StepStats, WorkerMetrics, merge
+from model.units import Unit
 
 
 def samples(text: str) -> list[Sample]:
@@ -46,8 +47,8 @@ def head_text(*, num_tokens: int = 5) -> str:
 
 def worker_text() -> str:
     metrics = WorkerMetrics()
-    metrics.observe_pass(0, {1: 4, 2: 3}, 0.5)
-    metrics.observe_pass(1, {1: 2}, 0.25)
+    metrics.observe_pass([(Unit(0, 1), 4), (Unit(0, 2), 3)], 0.5)
+    metrics.observe_pass([(Unit(1, 1), 2)], 0.25)
     metrics.observe_call("ok")
     return metrics.exposition()
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from model.config import MixtralConfig
 from model.errors import CheckpointError, ConfigError
+from model.units import Unit
 from model.weights import Checkpoint
 from tests.fakes import random_tensors, small_config, write_checkpoint
 
@@ -248,7 +249,7 @@ def load_all(folder: Path, **options: Any) -> None:
     """Everything that a head and its workers would load."""
     checkpoint = Checkpoint(folder, **options)
     checkpoint.load_decoder()
-    checkpoint.load_experts((0, expert_id) for expert_id in range(4))
+    checkpoint.load_experts(Unit(0, expert_id) for expert_id in range(4))
 
 
 @pytest.mark.parametrize("num_shards", [1, 3])
@@ -320,7 +321,7 @@ def test_a_worker_loads_its_experts_from_their_files_alone(
 ) -> None:
     experts = {name: tensor for name, tensor in tensors.items() if ".experts.2." in name}
     checkpoint = Checkpoint(write_checkpoint(tmp_path, CONFIG, experts))
-    assert list(checkpoint.load_experts([(0, 2)])) == [(0, 2)]
+    assert list(checkpoint.load_experts([Unit(0, 2)])) == [Unit(0, 2)]
     with pytest.raises(CheckpointError):
         checkpoint.load_decoder()
 
@@ -347,7 +348,7 @@ def test_files_that_are_not_asked_for_may_be_missing(
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     for shard in tmp_path.glob("model-*.safetensors"):
         shard.unlink()
-    assert Checkpoint(tmp_path).load_experts([(0, 1)])
+    assert Checkpoint(tmp_path).load_experts([Unit(0, 1)])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

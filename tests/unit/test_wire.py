@@ -13,6 +13,7 @@ from cluster import wire
 from cluster.errors import WireError
 from model.config import MixtralConfig
 from model.experts import Assignments
+from model.units import Unit
 from protos import expert_pb2
 
 CONFIG = MixtralConfig(
@@ -28,22 +29,24 @@ DTYPES = {
 def call_of(
     *,
     num_rows: int = 3,
-    per_expert: dict[int, int] | None = None,
+    per_expert: dict[int, int] | dict[tuple[int, ...], int] | None = None,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     **fields: int,
 ) -> wire.Call:
-    """A valid call. per_expert: how many assignments each expert gets."""
+    """A valid call. per_expert: how many assignments each expert (id, or id and slice) gets."""
     generator = torch.Generator().manual_seed(seed)
     per_expert = {1: 2, 4: 1} if per_expert is None else per_expert
     num_assignments = sum(per_expert.values())
+    layer = fields.get("layer", 1)
+    units = [Unit(layer, *((e,) if isinstance(e, int) else e)) for e in per_expert]
     return wire.Call(
         call_id=fields.get("call_id", 7),
         epoch=fields.get("epoch", 2),
-        layer=fields.get("layer", 1),
+        layer=layer,
         x_RD=torch.randn(num_rows, CONFIG.hidden_size, generator=generator).to(dtype),
         assignments=Assignments(
-            counts=tuple(per_expert.items()),
+            counts=tuple(zip(units, per_expert.values(), strict=True)),
             rows_A=torch.randint(0, max(num_rows, 1), (num_assignments,), generator=generator),
             weights_A=torch.rand(num_assignments, generator=generator),
         ),
@@ -53,10 +56,14 @@ def call_of(
 @st.composite
 def calls(draw: st.DrawFn) -> wire.Call:
     num_rows = draw(st.integers(0, 9))
-    experts = draw(st.sets(st.integers(0, CONFIG.num_local_experts - 1))) if num_rows else set()
+    of = st.integers(1, 3)
+    slices = of.flatmap(lambda n: st.tuples(st.integers(0, n - 1), st.just(n)))
+    expert_ids = st.integers(0, CONFIG.num_local_experts - 1)
+    units = st.tuples(expert_ids, slices).map(lambda each: (each[0], *each[1]))
+    experts = draw(st.sets(units)) if num_rows else set()
     return call_of(
         num_rows=num_rows,
-        per_expert={expert_id: draw(st.integers(1, 4)) for expert_id in sorted(experts)},
+        per_expert={each: draw(st.integers(1, 4)) for each in sorted(experts)},
         dtype=draw(st.sampled_from(list(DTYPES))),
         seed=draw(st.integers(0, 2**32)),
         call_id=draw(st.integers(1, 2**64 - 1)),
@@ -89,6 +96,8 @@ def bytes_of(tensor: Tensor) -> bytes:
 
 def proto_of(call: wire.Call) -> expert_pb2.ComputeCall:
     """The same call, built as any protobuf implementation would."""
+    units = [unit for unit, _ in call.assignments.counts]
+    are_whole = all(unit.num_slices == 1 for unit in units)
     return expert_pb2.ComputeCall(
         header=expert_pb2.CallHeader(
             call_id=call.call_id,
@@ -97,8 +106,10 @@ def proto_of(call: wire.Call) -> expert_pb2.ComputeCall:
             num_rows=call.x_RD.shape[0],
             hidden_size=call.x_RD.shape[1],
             dtype=DTYPES[call.x_RD.dtype],
-            expert_ids=[expert_id for expert_id, _ in call.assignments.counts],
+            expert_ids=[unit.expert_id for unit in units],
             expert_counts=[count for _, count in call.assignments.counts],
+            slice_numbers=[] if are_whole else [unit.slice_number for unit in units],
+            num_slices=[] if are_whole else [unit.num_slices for unit in units],
         ),
         rows=bytes_of(call.x_RD),
         row_numbers=bytes_of(call.assignments.rows_A.to(torch.int32)),
@@ -163,7 +174,7 @@ def test_sums_of_a_smaller_type_travel_in_float32() -> None:
     )
 
 
-@given(text=st.text(max_size=2_000), error=st.sampled_from([1, 2, 3]))
+@given(text=st.text(max_size=2_000), error=st.sampled_from([1, 2, 3, 4]))
 def test_an_error_reply_carries_its_reason_and_no_rows(text: str, error: int) -> None:
     message = wire.encode_error(5, 9, expert_pb2.ErrorCode.Name(error), text)  # type: ignore[arg-type]
     reply = wire.decode_reply(message)
@@ -223,12 +234,34 @@ LIES: list[tuple[str, dict[str, Any], str]] = [
     ("too few rows", header(num_rows=1), "a row number is outside the 1 rows"),
     ("absurdly many rows", header(num_rows=2**32 - 1), "rows has 72 bytes"),
     ("no rows", header(num_rows=0), "a row number is outside the 0 rows"),
-    ("unsorted experts", header(expert_ids=[4, 1]), r"\[4, 1\] with counts \[2, 1\]: must ascend"),
-    ("an expert twice", header(expert_ids=[4, 4]), r"\[4, 4\] with counts \[2, 1\]: must ascend"),
+    ("unsorted experts", header(expert_ids=[4, 1]), r"ids \[4, 1\], slices .*: must ascend"),
+    ("an expert twice", header(expert_ids=[4, 4]), r"ids \[4, 4\], slices .*: must ascend"),
+    (
+        "a slice twice",
+        header(expert_ids=[4, 4], slice_numbers=[1, 1], num_slices=[2, 2]),
+        r"slices \[1, 1\] of \[2, 2\]: must ascend",
+    ),
+    (
+        "a slice beyond the last",
+        header(slice_numbers=[0, 2], num_slices=[1, 2]),
+        "slice 2 of 2 of expert 4: there are up to 14336",
+    ),
+    (
+        "a slice of none",
+        header(slice_numbers=[0, 0], num_slices=[1, 0]),
+        "slice 0 of 0 of expert",
+    ),
+    (
+        "slices without columns",
+        header(slice_numbers=[0, 0], num_slices=[1, 2**32 - 1]),
+        "slice 0 of 4294967295 of expert 4",
+    ),
+    ("slices of nothing", header(slice_numbers=[0, 0]), r"slices \[0, 0\] of \[\]: must match"),
+    ("too few slices", header(slice_numbers=[0], num_slices=[1]), r"\[0\] of \[1\]: must match"),
     ("expert out of range", header(expert_ids=[1, 8]), "expert 8 of 8"),
     ("absurd expert", header(expert_ids=[1, 2**32 - 1]), "expert 4294967295 of 8"),
-    ("too few experts", header(expert_ids=[1]), r"\[1\] with counts \[2, 1\]"),
-    ("too few counts", header(expert_counts=[3]), r"\[1, 4\] with counts \[3\]"),
+    ("too few experts", header(expert_ids=[1]), r"\[1\], counts \[2, 1\]"),
+    ("too few counts", header(expert_counts=[3]), r"\[1, 4\], counts \[3\]"),
     ("an empty expert", header(expert_counts=[3, 0]), "without rows"),
     ("counts too large", header(expert_counts=[2, 2]), "row_numbers has 12 bytes, 4 values"),
     ("counts too small", header(expert_counts=[1, 1]), "row_numbers has 12 bytes, 2 values"),

@@ -1,0 +1,171 @@
+"""At a gRPC server's door: who may come in, and what is refused, counted and logged rarely.
+
+And its counterpart: how a caller shows the shared token. Costs nothing per message of a stream.
+"""
+
+import logging
+import secrets
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from cluster.log import RareWarnings
+from cluster.security import CALLERS, ROLES, Role, Security, identity_of
+
+logger = logging.getLogger(__name__)
+
+_TOKEN_KEY = "maestrale-token"
+_METRICS = "Metrics"
+
+Deserializer = Callable[[bytes], Any]
+
+
+class Guard(grpc.ServerInterceptor):  # type: ignore[misc]
+    """Lets in who proves to belong to the cluster, in the right role. Thread-safe.
+
+    Reasons for refusals: no_token, wrong_token, wrong_role, garbage, unknown_method. A peer whose
+    TLS handshake fails never gets here: gRPC logs it, and the peer is told.
+    """
+
+    def __init__(self, security: Security, observe_refusal: Callable[[str], None]) -> None:
+        """observe_refusal: called with the reason of every refusal, from any thread."""
+        self._security = security
+        self._observe = observe_refusal
+        self._warnings = RareWarnings(logger)
+
+    def intercept_service(self, continuation: Callable[..., Any], details: Any) -> Any:
+        """The method's handler behind the checks, or one that only refuses. Called by gRPC."""
+        method = str(details.method)
+        if self._security.token is not None:
+            given = dict(details.invocation_metadata).get(_TOKEN_KEY)
+            if given is None:
+                return self._refusing(method, "no_token", "this cluster's shared token is missing")
+            if not _is_same(given, self._security.token):
+                return self._refusing(method, "wrong_token", "this is not our cluster's token")
+        handler = continuation(details)
+        if handler is None:
+            self._note("unknown_method", f"somebody called {method}, which is not here")
+            return None
+        kind = _kind_of(handler)
+        behaviour = getattr(handler, kind)
+
+        def guarded(request: Any, context: grpc.ServicerContext) -> Any:
+            if self._security.tls is not None:
+                self._check_role(self._security.tls.role, method, context)
+            return behaviour(request, context)
+
+        return getattr(grpc, f"{kind}_rpc_method_handler")(
+            guarded,
+            request_deserializer=self._counting(method, handler.request_deserializer),
+            response_serializer=handler.response_serializer,
+        )
+
+    def _check_role(self, own: Role, method: str, context: grpc.ServicerContext) -> None:
+        """Abort the call unless the peer's certificate lets it call this method here."""
+        wanted = ROLES if method.endswith(f"/{_METRICS}") else (CALLERS[own],)
+        names = context.auth_context().get("x509_subject_alternative_name", [])
+        shown = [name.decode("utf-8", errors="replace") for name in names]
+        if not {identity_of(role) for role in wanted} & set(shown):
+            self._refuse(
+                context,
+                grpc.StatusCode.PERMISSION_DENIED,
+                "wrong_role",
+                f"a {own} takes {method} from {' or '.join(wanted)}, not from {shown}",
+            )
+
+    def _refusing(self, method: str, reason: str, message: str) -> grpc.RpcMethodHandler:
+        """A handler that refuses before it reads a message, whatever the method's kind."""
+
+        def refuse(_messages: Iterator[bytes], context: grpc.ServicerContext) -> NoReturn:
+            code = grpc.StatusCode.UNAUTHENTICATED
+            self._refuse(context, code, reason, f"{method} refused: {message}")
+
+        return grpc.stream_stream_rpc_method_handler(refuse)
+
+    def _refuse(
+        self, context: grpc.ServicerContext, code: grpc.StatusCode, reason: str, message: str
+    ) -> NoReturn:
+        self._note(reason, f"{context.peer()}: {message}")
+        context.abort(code, message)
+        raise AssertionError("abort raises")
+
+    def _counting(self, method: str, deserialize: Deserializer | None) -> Deserializer | None:
+        """The same, but counting what does not parse. gRPC ends a call whose message is None."""
+        if deserialize is None:
+            return None
+
+        def parse(data: bytes) -> Any:
+            try:
+                return deserialize(data)
+            except DecodeError:
+                message = f"a message of {len(data)} bytes for {method} does not parse"
+                self._note("garbage", message)
+                return None
+
+        return parse
+
+    def _note(self, reason: str, message: str) -> None:
+        self._observe(reason)
+        self._warnings.warn(reason, message)
+
+
+class WithToken(
+    grpc.UnaryUnaryClientInterceptor,  # type: ignore[misc]
+    grpc.StreamStreamClientInterceptor,  # type: ignore[misc]
+):
+    """Shows the token with each call of a blocking channel."""
+
+    def __init__(self, token: str) -> None:
+        self._token = token
+
+    def intercept_unary_unary(self, continuation: Any, details: Any, request: Any) -> Any:
+        return continuation(_with_token(details, self._token), request)
+
+    def intercept_stream_stream(self, continuation: Any, details: Any, requests: Any) -> Any:
+        return continuation(_with_token(details, self._token), requests)
+
+
+def aio_interceptors(token: str) -> list[grpc.aio.ClientInterceptor]:
+    """What shows the token with each call of an asyncio channel, which wants one for each kind."""
+    return [_UnaryWithToken(token), _StreamWithToken(token)]
+
+
+class _UnaryWithToken(grpc.aio.UnaryUnaryClientInterceptor):  # type: ignore[misc]
+    def __init__(self, token: str) -> None:
+        self._token = token
+
+    async def intercept_unary_unary(self, continuation: Any, details: Any, request: Any) -> Any:
+        return await continuation(_with_token(details, self._token), request)
+
+
+class _StreamWithToken(grpc.aio.StreamStreamClientInterceptor):  # type: ignore[misc]
+    def __init__(self, token: str) -> None:
+        self._token = token
+
+    async def intercept_stream_stream(self, continuation: Any, details: Any, requests: Any) -> Any:
+        return await continuation(_with_token(details, self._token), requests)
+
+
+def _with_token(details: Any, token: str) -> grpc.aio.ClientCallDetails:
+    """A call's details with the token among its metadata; good for both kinds of channels."""
+    return grpc.aio.ClientCallDetails(
+        method=details.method,
+        timeout=details.timeout,
+        metadata=grpc.aio.Metadata(*(details.metadata or ()), (_TOKEN_KEY, token)),
+        credentials=details.credentials,
+        wait_for_ready=details.wait_for_ready,
+    )
+
+
+def _is_same(given: str | bytes, token: str) -> bool:
+    """In a time that does not tell how much of it was right."""
+    data = given.encode() if isinstance(given, str) else given
+    return secrets.compare_digest(data, token.encode())
+
+
+def _kind_of(handler: grpc.RpcMethodHandler) -> str:
+    """Such as unary_stream: one request, a stream of responses."""
+    sides = (handler.request_streaming, handler.response_streaming)
+    return "_".join("stream" if is_stream else "unary" for is_stream in sides)
