@@ -38,7 +38,7 @@ def can_continue(body: Mapping[str, Any]) -> bool:
     asked_once = all((body.get(name) or 1) == 1 for name in ("n", "best_of"))
     logprobs = body.get("logprobs")
     wants_logprobs = logprobs is not None and logprobs is not False  # completions count from 0
-    return is_one_prompt and asked_once and not wants_logprobs and not body.get("tools")
+    return is_one_prompt and asked_once and not wants_logprobs
 
 
 class Continuation:
@@ -105,7 +105,9 @@ def _is_opening(chunk: Chunk) -> bool:
 
 
 def _is_textless(choice: CompletionChoice | ChatChunkChoice) -> bool:
-    return not (choice.text if isinstance(choice, CompletionChoice) else choice.delta.content)
+    if isinstance(choice, CompletionChoice):
+        return not choice.text
+    return not (choice.delta.content or choice.delta.tool_calls)
 
 
 def _hide_prompt_ids(chunk: Chunk) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from cluster import errors
 from cluster.ingress.journal import Journal
-from tests.api_fakes import EOS, USER, Api
+from tests.api_fakes import EOS, USER, Api, tools_folder
 from tests.client_fakes import (
     DONE,
     Packets,
@@ -31,14 +31,18 @@ STORY = "the wind 🌬 blew STOP over čas, and so it went"
 class CutApi:
     """The HTTP API over a scripted engine, whose connections break off after given bytes."""
 
-    def __init__(self, api: Api, cuts: list[int] | None = None, seed: int = 0) -> None:
-        """cuts: one for each connection. seed: of how many ids come at once, each time anew."""
+    def __init__(
+        self, api: Api, cuts: list[int] | None = None, seed: int = 0, text: str = STORY
+    ) -> None:
+        """cuts: one for each connection. seed: of how many ids come at once, each time anew.
+        text: what the model says.
+        """
         self._api = api
         self._cuts = list(cuts or ())
         self._rng = random.Random(seed)
         self._api.engine.script = self._script
         self._api.engine.journals.clear()
-        self._ids = [*api.tokenizer.encode(STORY), EOS]
+        self._ids = [*api.tokenizer.encode(text), EOS]
         self._thread = ThreadPoolExecutor(1)  # asynchronous tests have a loop in theirs
         self.bodies: list[bytes] = []
         self.num_bytes = 0
@@ -92,6 +96,17 @@ def stream(client: Any, asked: dict[str, Any]) -> Any:
     return methods.create(**{"max_tokens": 400, **asked}, stream=True)
 
 
+def joined_calls(deltas: list[Any]) -> list[tuple[str, str]]:
+    """Name and arguments of every call of a tool."""
+    calls: dict[int, list[str]] = {}
+    for call in [call for each in deltas for call in getattr(each, "tool_calls", None) or ()]:
+        if call.id:
+            assert call.index not in calls
+            calls[call.index] = [call.function.name, ""]
+        calls[call.index][1] += call.function.arguments
+    return [(name, arguments) for name, arguments in calls.values()]
+
+
 def whole(chunks: list[Any]) -> dict[str, Any]:
     """All that a stream has told, however it was cut into chunks."""
     choices = [choice for chunk in chunks for choice in chunk.choices]
@@ -105,6 +120,7 @@ def whole(chunks: list[Any]) -> dict[str, Any]:
         "text": "".join(
             getattr(each, "content", None) or getattr(each, "text", "") for each in deltas
         ),
+        "calls": joined_calls(deltas),
         "roles": [each.role for each in deltas if getattr(each, "role", None)],
         "finish": [
             (each.finish_reason, each.stop_reason) for each in choices if each.finish_reason
@@ -149,6 +165,24 @@ def test_no_place_to_break_off_is_different(
         assert whole(chunks) == undisturbed
 
 
+def test_a_call_of_a_tool_goes_on_where_it_stood(
+    way: Way, tiny_folder: Path, tmp_path: Path, slept_s: list[float]
+) -> None:
+    api = Api(tools_folder(tiny_folder, tmp_path))
+    api.configure(max_model_len=1_000, max_body_bytes=100_000)
+    call = '{"name": "clock", "arguments": {"city": "Nice 🌬"}}'
+    text = f"[TOOL_CALLS] [{call}, {call}]"
+    tool = {"type": "function", "function": {"name": "clock"}}
+    asked = {"messages": [USER], "tools": [tool]}
+    server = CutApi(api, text=text)
+    undisturbed = whole(list(stream(way.client(server, max_retries=1), asked)))
+    assert undisturbed["calls"] == [("clock", '{"city": "Nice 🌬"}')] * 2
+    assert undisturbed["finish"] == [("tool_calls", None)]
+    for cut in range(0, server.num_bytes, 419):
+        chunks = list(stream(way.client(CutApi(api, [cut], cut, text), max_retries=1), asked))
+        assert whole(chunks) == undisturbed
+
+
 # --- what is asked for ---
 
 
@@ -175,7 +209,6 @@ def test_what_goes_on_is_asked_for_like_the_first_time(
         {"logprobs": 0},
         {"prompt": ["a", "b"]},
         {"prompt": [[1], [2]]},
-        {"tools": [{"type": "function"}]},
     ],
 )
 def test_what_cannot_go_on_is_not_prepared_for_it(way: Way, asked: dict[str, Any]) -> None:
