@@ -24,6 +24,7 @@ from cluster.ingress.replies import ChatReplies, ChunkForm, CompletionReplies, R
 from cluster.ingress.request_log import RequestLog
 from cluster.metrics import IngressMetrics
 from cluster.schema import (
+    RESUMED_TOKENS,
     Alive,
     ChatCompletion,
     ChatCompletionRequest,
@@ -162,7 +163,10 @@ class _Api:
             form = ChunkForm(work, replies)
             keep_alive_s = self._settings.sse_keep_alive_s
             deltas = self._answerer.deltas(work)
-            return await sse.stream(request, deltas, form, keep_alive_s=keep_alive_s)
+            stream = await sse.stream(request, deltas, form, keep_alive_s=keep_alive_s)
+            if work.body.resume_token_ids:
+                stream.headers[RESUMED_TOKENS] = str(len(work.body.resume_token_ids))
+            return stream
         answers = await unless_disconnected(request, self._answerer.answers(work))
         return JSONResponse(replies.whole(answers).model_dump())
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from cluster.errors import RequestError
 from cluster.ingress.journal import Journal
+from cluster.ingress.resume import resume
 from cluster.ingress.sampling import sampling_params
 from cluster.ingress.structured import grammar_spec
 from cluster.ingress.text import TextRules
@@ -342,6 +343,7 @@ class Preparer:
             for prompt in kept
             for choice in range(body.num_drawn)
         ]
+        resume(body, journals, vocab_size=settings.vocab_size)
         own_ends = () if body.ignore_eos else settings.eos_token_ids
         rules = TextRules(
             continues_text=continues_text,

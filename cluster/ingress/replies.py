@@ -70,7 +70,7 @@ class ChunkForm:
         self._replies = replies
         self._has_usage = options.include_usage
         self._has_usage_everywhere = options.include_usage and options.continuous_usage_stats
-        self._num_told = 0
+        self._num_told = len(work.body.resume_token_ids)
 
     def opening(self) -> Iterator[bytes]:
         return map(self._event, self._replies.opening())

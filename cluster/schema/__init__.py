@@ -6,6 +6,7 @@ from cluster.schema.answer_form import (
     StructuredOutputs,
 )
 from cluster.schema.replies import (
+    RESUMED_TOKENS,
     Alive,
     AssistantMessage,
     ChatChoice,
@@ -82,6 +83,7 @@ __all__ = [
     "MAX_PRIORITY",
     "MAX_SEED",
     "MAX_TOOLS",
+    "RESUMED_TOKENS",
     "Alive",
     "AssistantMessage",
     "ChatChoice",

@@ -6,6 +6,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cluster.schema.tools import ToolCall, ToolCallDelta
 
+RESUMED_TOKENS = "X-Resumed-Tokens"
+"""Header of a stream that goes on with an answer: behind how many ids. Its lack tells a caller that
+the server does not know resume_token_ids, and begins anew."""
+
 
 class Reply(BaseModel):
     """Base of replies: a newer server may send more than this client knows."""

@@ -241,6 +241,10 @@ class GenerationRequest(ModelRequest):
     place of each. Not with stream."""
     return_token_ids: bool = False
     """Report the ids of prompt and answer."""
+    resume_token_ids: TokenIds = []
+    """What a stream that broke off has told of its answer (see return_token_ids): it goes on behind
+    these, whose text is not told again. All else must be asked for as it was, seed included.
+    Only for one streamed choice without log-probabilities."""
     return_tokens_as_token_ids: bool = False
     """Spell tokens `token_id:42` in log-probabilities, so that none is like another."""
     truncate_prompt_tokens: int | None = Field(default=None, ge=-1, lt=2**31)
