@@ -1,26 +1,21 @@
 """Anthropic's Messages API as a door to chat: its request to chat's, an answer to its message."""
 
 import uuid
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse
-from fastapi.responses import Response as HttpResponse
-from fastapi.routing import APIRoute
+from fastapi import APIRouter, Request, Response
 
 from cluster.errors import RequestError
 from cluster.ingress import sse
 from cluster.ingress.answerer import Answerer
 from cluster.ingress.door import client_of, conversation, reply, told_by
-from cluster.ingress.errors import as_request_error
+from cluster.ingress.errors import ANTHROPIC_PATH, anthropic_body
 from cluster.ingress.prepare import Work
 from cluster.ingress.text import TextDelta
 from cluster.schema import ChatCompletionRequest
 from cluster.schema.anthropic import (
     AnswerBlock,
-    AnthropicError,
-    AnthropicErrorDetail,
     AnthropicMessage,
     Content,
     CountTokensRequest,
@@ -48,22 +43,13 @@ _NAMES = {
 }
 """What a caller calls the fields that chat's refusals name."""
 
-_ERROR_TYPES = {
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    413: "request_too_large",
-    429: "rate_limit_error",
-    503: "overloaded_error",
-}
-
 
 def router(answerer: Answerer) -> APIRouter:
     """POST /v1/messages and /v1/messages/count_tokens."""
-    routes = APIRouter(route_class=_Route)
+    routes = APIRouter()
 
-    @routes.post("/v1/messages", response_model=AnthropicMessage)
-    async def messages(body: MessagesRequest, request: Request) -> HttpResponse:
+    @routes.post(ANTHROPIC_PATH, response_model=AnthropicMessage)
+    async def messages(body: MessagesRequest, request: Request) -> Response:
         """Answer a conversation, in Anthropic's words."""
         answerer.prepare.check(body)
         with told_by(_NAMES):
@@ -72,7 +58,7 @@ def router(answerer: Answerer) -> APIRouter:
             request, answerer, work, MessagesReplies(work, answerer.settings.model_id)
         )
 
-    @routes.post("/v1/messages/count_tokens")
+    @routes.post(f"{ANTHROPIC_PATH}/count_tokens")
     async def count_tokens(body: CountTokensRequest) -> TokenCount:
         """How many tokens a conversation is, template included."""
         answerer.prepare.check(body)
@@ -142,7 +128,7 @@ class MessagesReplies:
         yield _event("message_stop")
 
     def failure(self, error: RequestError) -> Iterator[bytes]:
-        yield sse.event(_error_body(error), name="error")
+        yield sse.event(anthropic_body(error), name="error")
 
     def _take(self, delta: TextDelta) -> None:
         self._num_tokens += len(delta.token_ids)
@@ -169,29 +155,6 @@ class MessagesReplies:
             cache_read_input_tokens=num_cached,
             output_tokens=usage.completion_tokens,
         )
-
-
-class _Route(APIRoute):
-    """Answers every failure in Anthropic's words."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, HttpResponse]]:
-        handle = super().get_route_handler()
-
-        async def handle_or_refuse(request: Request) -> HttpResponse:
-            try:
-                return await handle(request)
-            except Exception as error:
-                refusal = as_request_error(error)
-                body = _error_body(refusal).model_dump()
-                return JSONResponse(body, refusal.status, refusal.headers)
-
-        return handle_or_refuse
-
-
-def _error_body(error: RequestError) -> AnthropicError:
-    other = "api_error" if error.status >= 500 else "invalid_request_error"
-    kind = _ERROR_TYPES.get(error.status, other)
-    return AnthropicError(error=AnthropicErrorDetail(type=kind, message=error.message))
 
 
 def _event(kind: str, **fields: Any) -> bytes:

@@ -38,9 +38,8 @@ async def reply(request: Request, answerer: Answerer, work: Work, form: AnswerFo
 
 
 def client_of(request: Request, user: str | None) -> str:
-    """Who asks; see client_key. Anthropic's header of keys counts like OpenAI's."""
-    key = request.headers.get("x-api-key")
-    return client_key(f"Bearer {key}" if key else request.headers.get("authorization"), user)
+    """Who asks; see client_key."""
+    return client_key(request.headers.get("authorization"), user)
 
 
 def conversation(turns: Iterable[tuple[str, str]]) -> list[ChatMessage]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import Response as HttpResponse
+from fastapi import Response as HttpResponse
 
 from cluster.errors import RequestError
 from cluster.ingress import sse

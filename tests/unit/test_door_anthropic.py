@@ -10,6 +10,7 @@ import pytest
 from anthropic.types import Message
 
 from cluster.errors import HeadUnavailableError
+from cluster.ingress.auth import Access
 from tests.api_fakes import (
     CHAT,
     JSON,
@@ -198,6 +199,12 @@ def test_a_schema_becomes_a_grammar(api: Api) -> None:
     grammar = api.engine.journals[0].grammar
     assert grammar is not None
     assert '"name"' in grammar.text
+
+
+def test_a_wrong_key_is_refused_in_anthropics_words(api: Api) -> None:
+    api.admit(Access.with_keys(["sesame"], allow_open=False, allowed_origins=()))
+    assert create(api).content  # the client sends its key as x-api-key
+    assert "no API key" in assert_refused(api, asked({}), 401, "authentication_error")
 
 
 def assert_refused(api: Api, body: dict[str, Any], status: int, kind: str) -> str:
