@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from shutil import copyfile
 from typing import Any
 
 import httpx
@@ -194,6 +195,15 @@ class ScriptedEngine:
 
     async def metrics(self) -> str:
         return "# every process\n"
+
+
+def tools_folder(tiny_folder: Path, into: Path) -> Path:
+    """The text side of the tiny checkpoint, with a chat template that knows tools."""
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        copyfile(tiny_folder / name, into / name)
+    template = Path(__file__).parent / "data" / "tools_template.jinja"
+    copyfile(template, into / "chat_template.jinja")
+    return into
 
 
 @cache

@@ -28,8 +28,12 @@ from cluster.schema import (
     Completion,
     CompletionChoice,
     CompletionLogprobs,
+    FunctionCall,
+    FunctionCallDelta,
     PromptLogprobs,
     StreamOptions,
+    ToolCall,
+    ToolCallDelta,
     Usage,
 )
 from model.tokenizer import Tokenizer
@@ -181,7 +185,7 @@ class ChatReplies:
     def chunk(self, index: int, delta: TextDelta) -> ChatCompletionChunk:
         choice = ChatChunkChoice(
             index=index,
-            delta=ChatDelta(content=delta.text) if delta.text else ChatDelta(),
+            delta=_chat_delta(delta),
             finish_reason=delta.finish,
             stop_reason=delta.stop_reason,
             logprobs=self._logprobs(delta),
@@ -200,7 +204,7 @@ class ChatReplies:
             choices=[
                 ChatChoice(
                     index=index,
-                    message=AssistantMessage(content=answer.text),
+                    message=_message(answer),
                     finish_reason=answer.finish,
                     stop_reason=answer.stop_reason,
                     logprobs=self._logprobs(answer),
@@ -227,6 +231,31 @@ class ChatReplies:
     def _prompt_ids(self) -> list[int] | None:
         wanted = self._work.body.return_token_ids
         return list(self._work.journals[0].prompt_ids) if wanted else None
+
+
+def _chat_delta(delta: TextDelta) -> ChatDelta:
+    calls = [
+        ToolCallDelta(
+            index=call.index,
+            id=call.id,
+            type="function" if call.id else None,
+            function=FunctionCallDelta(name=call.name, arguments=call.arguments),
+        )
+        for call in delta.tool_calls
+    ]
+    return ChatDelta(content=delta.text or None, tool_calls=calls or None)
+
+
+def _message(answer: TextDelta) -> AssistantMessage:
+    calls = [
+        ToolCall(
+            id=call.id or "",
+            function=FunctionCall(name=call.name or "", arguments=call.arguments),
+        )
+        for call in answer.tool_calls
+    ]
+    content = answer.text if answer.text or not calls else None
+    return AssistantMessage(content=content, tool_calls=calls or None)
 
 
 def _usage(work: Work, answers: Sequence[TextDelta]) -> Usage:
