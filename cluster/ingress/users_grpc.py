@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
-from fastapi.exceptions import RequestValidationError
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -25,6 +24,7 @@ from cluster.errors import ConfigurationError
 from cluster.ingress.answerer import Answerer
 from cluster.ingress.auth import ANYBODY, Access, key_in
 from cluster.ingress.clients import client_key
+from cluster.ingress.door import invalid
 from cluster.ingress.errors import as_request_error
 from cluster.ingress.prepare import Work
 from cluster.ingress.request_log import HUNG_UP, request_id_of
@@ -253,8 +253,7 @@ def _checked(kind: type[Body], fields: dict[str, Any]) -> Body:
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
-        problems = [{**item, "loc": ("body", *item["loc"])} for item in error.errors()]
-        raise RequestValidationError(problems) from error
+        raise invalid(error, {}) from error
 
 
 def _delta(work: Work, delta: TextDelta, num_tokens: int) -> maestrale_pb2.Delta:
