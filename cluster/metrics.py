@@ -242,6 +242,12 @@ class IngressMetrics(Registry):
         self._prompt_tokens = Counter(
             "maestrale_prompt_tokens", "Prompt tokens of accepted requests", registry=self.registry
         )
+        self._ignored = Counter(
+            "maestrale_ignored_fields",
+            "Fields of requests that nothing looks at, by name; those that nobody knows are other",
+            ["field"],
+            registry=self.registry,
+        )
         self.in_progress = Gauge(
             "maestrale_requests_in_progress", "Completions in progress", registry=self.registry
         )
@@ -249,6 +255,10 @@ class IngressMetrics(Registry):
     def observe_request(self, endpoint: str, status: int, seconds: float) -> None:
         self._requests.labels(endpoint, str(status)).inc()
         self._seconds.labels(endpoint).observe(seconds)
+
+    def observe_ignored(self, field: str) -> None:
+        """field: one of schema.IGNORED, or other."""
+        self._ignored.labels(field).inc()
 
     def observe_prompt(self, num_tokens: int) -> None:
         self._prompt_tokens.inc(num_tokens)

@@ -69,6 +69,7 @@ def router(answerer: Answerer) -> APIRouter:
     async def messages(body: MessagesRequest, request: Request) -> Response:
         """Answer a conversation, in Anthropic's words."""
         answerer.prepare.check(body)
+        answerer.note_ignored(body)
         with told_by(_NAMES):
             work = answerer.chat(chat_request(body), client_of(request, body.metadata.user_id))
         return await reply(
@@ -79,6 +80,7 @@ def router(answerer: Answerer) -> APIRouter:
     async def count_tokens(body: CountTokensRequest) -> TokenCount:
         """How many tokens a conversation is, template included."""
         answerer.prepare.check(body)
+        answerer.note_ignored(body)
         with told_by(_NAMES):
             work = answerer.prepare.chat(chat_request(body), client="")
         return TokenCount(input_tokens=work.usage(0).prompt_tokens)

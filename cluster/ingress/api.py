@@ -11,7 +11,7 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 
-from cluster.ingress import anthropic, errors, responses, sse
+from cluster.ingress import anthropic, errors, responses, sse, tokens
 from cluster.ingress.answerer import Answerer, Engine
 from cluster.ingress.auth import ANYBODY, Access
 from cluster.ingress.classify import classification
@@ -61,6 +61,7 @@ def create_app(
 
     app = FastAPI(title="Maestrale", lifespan=lifespan)
     app.include_router(_Api(answerer).router())
+    app.include_router(tokens.router(answerer))
     app.include_router(responses.router(answerer))
     app.include_router(anthropic.router(answerer))
     errors.install(app)
@@ -136,6 +137,7 @@ class _Api:
     def _model(self) -> Model:
         return Model(
             id=self._settings.model_id,
+            root=self._settings.model_id,
             created=self._created,
             max_model_len=self._settings.max_model_len,
         )

@@ -78,6 +78,7 @@ def router(answerer: Answerer) -> APIRouter:
     async def responses(body: ResponsesRequest, request: Request) -> HttpResponse:
         """Answer a conversation, in the Responses API's words. Nothing is stored."""
         answerer.prepare.check(body)
+        answerer.note_ignored(body)
         with told_by(_NAMES):
             work = answerer.chat(chat_request(body), client_of(request, body.user))
         replies = ResponsesReplies(body, work, answerer.settings.model_id)
