@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request, Response
 from cluster.errors import RequestError
 from cluster.ingress import sse
 from cluster.ingress.answerer import Answerer
+from cluster.ingress.document import ERRORS, GENERATION, STREAMED, TOKENS
 from cluster.ingress.door import client_of, conversation, reply, told_by
 from cluster.ingress.errors import ANTHROPIC_PATH, anthropic_body
 from cluster.ingress.prepare import Work
@@ -25,6 +26,7 @@ from cluster.schema import (
     ToolCall,
 )
 from cluster.schema.anthropic import (
+    AnthropicError,
     AnthropicMessage,
     CountTokensRequest,
     MessageEvent,
@@ -61,11 +63,21 @@ _NAMES = {
 """What a caller calls the fields that chat's refusals name."""
 
 
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {**told, "model": AnthropicError} for status, told in ERRORS.items()
+}
+
+
 def router(answerer: Answerer) -> APIRouter:
     """POST /v1/messages and /v1/messages/count_tokens."""
     routes = APIRouter()
 
-    @routes.post(ANTHROPIC_PATH, response_model=AnthropicMessage)
+    @routes.post(
+        ANTHROPIC_PATH,
+        response_model=AnthropicMessage,
+        responses={**STREAMED, **_ERRORS},
+        tags=[GENERATION],
+    )
     async def messages(body: MessagesRequest, request: Request) -> Response:
         """Answer a conversation, in Anthropic's words."""
         answerer.prepare.check(body)
@@ -76,7 +88,7 @@ def router(answerer: Answerer) -> APIRouter:
             request, answerer, work, MessagesReplies(work, answerer.settings.model_id)
         )
 
-    @routes.post(f"{ANTHROPIC_PATH}/count_tokens")
+    @routes.post(f"{ANTHROPIC_PATH}/count_tokens", responses=_ERRORS, tags=[TOKENS])
     async def count_tokens(body: CountTokensRequest) -> TokenCount:
         """How many tokens a conversation is, template included."""
         answerer.prepare.check(body)

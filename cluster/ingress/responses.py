@@ -14,6 +14,7 @@ from fastapi import Response as HttpResponse
 from cluster.errors import RequestError
 from cluster.ingress import sse
 from cluster.ingress.answerer import Answerer
+from cluster.ingress.document import GENERATION, STREAMED
 from cluster.ingress.door import client_of, conversation, reply, told_by
 from cluster.ingress.logprobs import chat_logprobs
 from cluster.ingress.prepare import Work
@@ -74,7 +75,7 @@ def router(answerer: Answerer) -> APIRouter:
     """POST /v1/responses."""
     routes = APIRouter()
 
-    @routes.post("/v1/responses", response_model=Response)
+    @routes.post("/v1/responses", response_model=Response, responses=STREAMED, tags=[GENERATION])
     async def responses(body: ResponsesRequest, request: Request) -> HttpResponse:
         """Answer a conversation, in the Responses API's words. Nothing is stored."""
         answerer.prepare.check(body)

@@ -5,6 +5,7 @@ from importlib.metadata import version
 from fastapi import APIRouter
 
 from cluster.ingress.answerer import Answerer
+from cluster.ingress.document import SERVICE, TOKENS
 from cluster.schema import (
     DetokenizeRequest,
     Load,
@@ -21,12 +22,16 @@ def router(answerer: Answerer) -> APIRouter:
     endpoints = _Tokens(answerer)
     router = APIRouter()
     for prefix in ("", "/v1"):
-        router.post(f"{prefix}/tokenize")(endpoints.tokenize)
-        router.post(f"{prefix}/detokenize")(endpoints.detokenize)
-    router.get("/tokenizer_info")(endpoints.info)
-    router.post("/tokenizer_info")(endpoints.info)
-    router.get("/version")(endpoints.version)
-    router.get("/load")(endpoints.load)
+        is_documented = not prefix
+        for path, answer in (
+            ("/tokenize", endpoints.tokenize),
+            ("/detokenize", endpoints.detokenize),
+        ):
+            router.post(prefix + path, tags=[TOKENS], include_in_schema=is_documented)(answer)
+    router.get("/tokenizer_info", tags=[TOKENS])(endpoints.tokenizer_info)
+    router.post("/tokenizer_info", include_in_schema=False)(endpoints.tokenizer_info)
+    router.get("/version", tags=[SERVICE])(endpoints.version)
+    router.get("/load", tags=[SERVICE])(endpoints.load)
     return router
 
 
@@ -54,7 +59,7 @@ class _Tokens:
         self._answerer.note_ignored(body)
         return Text(prompt=text)
 
-    async def info(self) -> TokenizerInfo:
+    async def tokenizer_info(self) -> TokenizerInfo:
         """What a client must know of the tokenizer to work with ids."""
         tokenizer = self._tokenizer
         return TokenizerInfo(
