@@ -162,6 +162,18 @@ class ServeConfig(BaseModel):
     allowed_origins: tuple[str, ...] = ()
     """Sites whose pages may call from a browser (CORS), such as https://example.org; `*`: all."""
 
+    grpc_port: int | None = Field(default=None, ge=1, le=65535)
+    """Port of the users' gRPC API, on every node with an ingress. Ingresses on one node share it:
+    the kernel gives each connection to one of them. None: no gRPC for users."""
+    grpc_host: str = "127.0.0.1"
+    """IP address that it listens on. Other than loopback needs grpc_certificate, or
+    allow_plaintext_network."""
+    grpc_certificate: Path | None = None
+    """PEM file with the certificate chain that gRPC callers see, at this path on every node with an
+    ingress; they need none themselves. None: their calls are not encrypted."""
+    grpc_key: Path | None = None
+    """PEM file with the certificate's private key."""
+
     data_plane_host: str = "127.0.0.1"
     """Address that heads and workers listen on for gRPC, and by which others reach them. On several
     hosts it must be `node`: the address by which Ray knows the node a process is on. Other than
@@ -228,6 +240,22 @@ class ServeConfig(BaseModel):
                 "would cross the network in the clear, and anybody could connect. Set tls_folder "
                 "(`maestrale certs` fills one), cluster_token_from, or, if that network is yours "
                 "alone, allow_plaintext_network: true"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_users_grpc(self) -> Self:
+        try:
+            is_safe = is_loopback(self.grpc_host)
+        except ValueError as error:
+            raise ValueError(f"grpc_host {self.grpc_host!r} is no IP address") from error
+        if (self.grpc_certificate is None) != (self.grpc_key is None):
+            raise ValueError("grpc_certificate and grpc_key go together")
+        if not (is_safe or self.grpc_certificate or self.allow_plaintext_network):
+            raise ValueError(
+                f"grpc_host {self.grpc_host} is not loopback: prompts, answers and keys would "
+                "cross the network in the clear. Set grpc_certificate and grpc_key, or "
+                "allow_plaintext_network: true if that network is yours alone"
             )
         return self
 

@@ -11,6 +11,8 @@ from cluster.errors import HeadUnavailableError
 from tests.api_fakes import CHAT, COMPLETIONS, LOADING, USER, Api, fails_after
 
 Document = dict[str, Any]
+RESPONSES = "/v1/responses"
+MESSAGES = "/v1/messages"
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +74,14 @@ REQUESTS: list[tuple[str, str, Any, int]] = [
     ("post", CHAT, {"messages": [USER], "stop": "wind"}, 200),
     ("post", CHAT, {"messages": "x"}, 400),
     ("post", CHAT, [], 400),
+    ("post", RESPONSES, {"input": "the wind", "top_logprobs": 2, "metadata": {"a": "b"}}, 200),
+    ("post", RESPONSES, {"input": [USER], "max_output_tokens": 2}, 200),
+    ("post", RESPONSES, {"input": [{"type": "item_reference"}]}, 400),
+    ("post", MESSAGES, {"messages": [USER], "max_tokens": 5}, 200),
+    ("post", MESSAGES, {"messages": [USER]}, 400),
+    ("post", MESSAGES, {"messages": [USER], "max_tokens": 5, "model": "x"}, 404),
+    ("post", f"{MESSAGES}/count_tokens", {"messages": [USER]}, 200),
+    ("post", f"{MESSAGES}/count_tokens", {"messages": []}, 400),
     ("post", "/tokenize", {"prompt": "a", "return_token_strs": True}, 200),
     ("post", "/tokenize", {}, 400),
     ("post", "/detokenize", {"tokens": [5]}, 200),
