@@ -175,7 +175,8 @@ class PipeServer:
 
     def stop(self) -> None:
         """End all connections. An answer that is being computed is not waited for for long."""
-        self._socket.shutdown(socket.SHUT_RDWR)
+        with suppress(OSError):  # it is stopped already
+            self._socket.shutdown(socket.SHUT_RDWR)
         self._accepting.join(_STOP_GRACE_S)
         self._socket.close()
         with self._lock:

@@ -102,6 +102,8 @@ class Identity:
         self.fingerprint = model_fingerprint
         self.security = security
         self.incarnation = new_incarnation()
+        self.pipe = ""
+        """Name of the PipeServer that peers on this host may use in place of gRPC's stream."""
 
     def hello(self) -> peer_pb2.HelloRequest:
         """What to say when calling."""
@@ -122,6 +124,7 @@ class Identity:
             peer=self.name,
             fingerprint=self.fingerprint,
             incarnation=self.incarnation,
+            pipe=self.pipe,
         )
 
     def check(self, reply: peer_pb2.HelloReply) -> None:

@@ -17,6 +17,7 @@ from google.protobuf.message import DecodeError
 from torch import Tensor
 
 from cluster.errors import WireError
+from cluster.pipe import Buffer
 from model.config import MixtralConfig
 from model.experts import Assignments
 from model.units import Unit
@@ -83,7 +84,7 @@ def encode_call(call: Call) -> bytes:
     )
 
 
-def decode_call(message: bytes, config: MixtralConfig, dtype: torch.dtype) -> Call:
+def decode_call(message: Buffer, config: MixtralConfig, dtype: torch.dtype) -> Call:
     """Read and check a call for a model of this configuration. Tensors lie in `message`.
 
     Raises WireError, naming the value, when anything does not add up.
@@ -157,7 +158,7 @@ def _read_counts(
     return tuple(zip(units, counts, strict=True))
 
 
-def call_id_of(message: bytes) -> int:
+def call_id_of(message: Buffer) -> int:
     """The id of a call that decode_call refused, if at least that can be read, else 0."""
     try:
         header = expert_pb2.CallHeader.FromString(bytes(_split(message, num_fields=4)[0]))
@@ -189,7 +190,7 @@ def encode_error(
     return _join(header.SerializeToString())
 
 
-def decode_reply(message: bytes) -> Reply:
+def decode_reply(message: Buffer) -> Reply:
     """Read and check a reply. The sums lie in `message`; whose they are, the caller must compare.
 
     Raises WireError when anything does not add up.
@@ -237,7 +238,7 @@ def _join(*fields: bytes | memoryview) -> bytes:
     return b"".join(parts)
 
 
-def _split(message: bytes, *, num_fields: int) -> list[memoryview]:
+def _split(message: Buffer, *, num_fields: int) -> list[memoryview]:
     """The inverse of `_join`, without copying. A field that is left out is empty."""
     view = memoryview(message)
     fields = [view[:0]] * num_fields

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x11protos/peer.proto\x12\x11maestrale.peer.v1\"R\n\x0cHelloRequest\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\r\n\x05\x62uild\x18\x02 \x01(\t\x12\x0c\n\x04peer\x18\x03 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\t\"e\n\nHelloReply\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\r\n\x05\x62uild\x18\x02 \x01(\t\x12\x0c\n\x04peer\x18\x03 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\t\x12\x13\n\x0bincarnation\x18\x05 \x01(\x06\"\x10\n\x0eMetricsRequest\"\"\n\x0cMetricsReply\x12\x12\n\nexposition\x18\x01 \x01(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x11protos/peer.proto\x12\x11maestrale.peer.v1\"R\n\x0cHelloRequest\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\r\n\x05\x62uild\x18\x02 \x01(\t\x12\x0c\n\x04peer\x18\x03 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\t\"s\n\nHelloReply\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\r\n\x05\x62uild\x18\x02 \x01(\t\x12\x0c\n\x04peer\x18\x03 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\t\x12\x13\n\x0bincarnation\x18\x05 \x01(\x06\x12\x0c\n\x04pipe\x18\x06 \x01(\t\"\x10\n\x0eMetricsRequest\"\"\n\x0cMetricsReply\x12\x12\n\nexposition\x18\x01 \x01(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,9 +34,9 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HELLOREQUEST']._serialized_start=40
   _globals['_HELLOREQUEST']._serialized_end=122
   _globals['_HELLOREPLY']._serialized_start=124
-  _globals['_HELLOREPLY']._serialized_end=225
-  _globals['_METRICSREQUEST']._serialized_start=227
-  _globals['_METRICSREQUEST']._serialized_end=243
-  _globals['_METRICSREPLY']._serialized_start=245
-  _globals['_METRICSREPLY']._serialized_end=279
+  _globals['_HELLOREPLY']._serialized_end=239
+  _globals['_METRICSREQUEST']._serialized_start=241
+  _globals['_METRICSREQUEST']._serialized_end=257
+  _globals['_METRICSREPLY']._serialized_start=259
+  _globals['_METRICSREPLY']._serialized_end=293
 # @@protoc_insertion_point(module_scope)

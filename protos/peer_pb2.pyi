@@ -17,18 +17,20 @@ class HelloRequest(_message.Message):
     def __init__(self, protocol: _Optional[int] = ..., build: _Optional[str] = ..., peer: _Optional[str] = ..., fingerprint: _Optional[str] = ...) -> None: ...
 
 class HelloReply(_message.Message):
-    __slots__ = ("protocol", "build", "peer", "fingerprint", "incarnation")
+    __slots__ = ("protocol", "build", "peer", "fingerprint", "incarnation", "pipe")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     BUILD_FIELD_NUMBER: _ClassVar[int]
     PEER_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    PIPE_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     build: str
     peer: str
     fingerprint: str
     incarnation: int
-    def __init__(self, protocol: _Optional[int] = ..., build: _Optional[str] = ..., peer: _Optional[str] = ..., fingerprint: _Optional[str] = ..., incarnation: _Optional[int] = ...) -> None: ...
+    pipe: str
+    def __init__(self, protocol: _Optional[int] = ..., build: _Optional[str] = ..., peer: _Optional[str] = ..., fingerprint: _Optional[str] = ..., incarnation: _Optional[int] = ..., pipe: _Optional[str] = ...) -> None: ...
 
 class MetricsRequest(_message.Message):
     __slots__ = ()

@@ -250,7 +250,7 @@ class MemoryStream:
     def num_outstanding(self) -> int:
         return len(self._replies)
 
-    def send(self, call: wire.Call) -> None:
+    def send(self, call: wire.Call, overdue_at: float) -> None:
         assert not self.is_closed
         self._replies.append(self._worker.answer(wire.encode_call(call)))
 

@@ -200,7 +200,7 @@ def dispatch(
     rows: Annotated[str, typer.Option(help="Rows of one dispatch, or several numbers.")] = "1,32",
     hidden: Annotated[int, typer.Option(min=1, help="Values of a row.")] = 4096,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
-    transport: Annotated[str, typer.Option(help="tcp, unix, or both.")] = "tcp,unix",
+    transport: Annotated[str, typer.Option(help="pipe; gRPC by tcp or unix.")] = "pipe,tcp",
     threads: Annotated[int, typer.Option(min=1, help="Compute threads of each process.")] = 1,
     rounds: Annotated[int, typer.Option(min=1, help="Round trips, after 100 more.")] = 1000,
     json_file: Json = None,
@@ -215,7 +215,9 @@ def dispatch(
 
     transports = [name for name in TRANSPORTS if name in transport.split(",")]
     if set(transports) != set(transport.split(",")):
-        raise ConfigurationError(f"--transport {transport!r}: must be tcp, unix or tcp,unix")
+        raise ConfigurationError(
+            f"--transport {transport!r}: must be some of {','.join(TRANSPORTS)}"
+        )
     found = measure(
         DispatchPlan(
             rows=_integers(rows),

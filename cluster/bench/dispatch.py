@@ -25,7 +25,8 @@ from model.phases import Phase
 from model.router import Routing
 from model.weights import torch_dtype
 
-TRANSPORTS = ("tcp", "unix")
+TRANSPORTS = ("pipe", "tcp", "unix")
+"""The pipe of this host, and gRPC over TCP and over a Unix socket."""
 INTERMEDIATE_SIZE = 8
 ANSWER_TIMEOUT_S = 30.0
 PARTS = ("pack", "wait", "add", "worker")
@@ -128,22 +129,26 @@ def measure(wanted: DispatchPlan, on_progress: Callable[[str], None]) -> list[Di
         num_layers=1, num_experts=config.num_local_experts, expert_bytes=[0], budgets=[None]
     )
     watch = _TripWatch()
-    on_progress("starting a worker")
+    on_progress("starting workers")
     with ExitStack() as stack:
         socket = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "worker"
-        (worker,) = stack.enter_context(
-            running_workers([maker], num_threads=wanted.num_threads, unix_socket=str(socket))
-        )
-        addresses = {"tcp": worker.address, "unix": f"unix:{socket}"}
         experts = {}
         for transport in wanted.transports:
+            (worker,) = stack.enter_context(
+                running_workers(
+                    [maker],
+                    num_threads=wanted.num_threads,
+                    unix_socket=str(socket) if transport == "unix" else None,
+                    offers_pipe=transport == "pipe",
+                )
+            )
             experts[transport] = connected(
                 [worker],
                 table,
                 (config, maker.torch_dtype),
                 watch,
                 timeout_s=ANSWER_TIMEOUT_S,
-                addresses=[addresses[transport]],
+                addresses=[f"unix:{socket}" if transport == "unix" else worker.address],
             )
             stack.callback(experts[transport].close)
         found = []

@@ -81,11 +81,15 @@ class Worker:
 
 @contextmanager
 def running_workers(
-    makers: Sequence[Callable[[], Holding]], *, num_threads: int, unix_socket: str | None = None
+    makers: Sequence[Callable[[], Holding]],
+    *,
+    num_threads: int,
+    unix_socket: str | None = None,
+    offers_pipe: bool = True,
 ) -> Iterator[list[Worker]]:
     """One process for each maker, which calls it; they end with the block.
 
-    unix_socket: path to listen on as well.
+    unix_socket: path that gRPC listens on as well. offers_pipe: else all goes by gRPC.
     Raises BenchError when one cannot start.
     """
     spawn = multiprocessing.get_context("spawn")
@@ -94,7 +98,9 @@ def running_workers(
         for maker in makers:
             ours, theirs = spawn.Pipe()
             process = spawn.Process(
-                target=_serve, args=(theirs, maker, num_threads, unix_socket), daemon=True
+                target=_serve,
+                args=(theirs, maker, num_threads, unix_socket, offers_pipe),
+                daemon=True,
             )
             process.start()
             theirs.close()
@@ -164,6 +170,7 @@ def _serve(
     maker: Callable[[], Holding],
     num_threads: int,
     unix_socket: str | None,
+    offers_pipe: bool,
 ) -> None:
     """A worker's life: load, say where, answer until the connection closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, who ends us
@@ -186,6 +193,8 @@ def _serve(
         if unix_socket is not None:
             server.add_insecure_port(f"unix:{unix_socket}")
         service.add_to(server)
+        if not offers_pipe:
+            identity.pipe = ""
         server.start()
     except Exception as error:
         # The parent's to tell; whatever it was, this process has no other word.
@@ -195,7 +204,7 @@ def _serve(
     try:
         connection.recv()
     except EOFError:
-        server.stop(None).wait()
+        service.end(server, 0)
 
 
 def _fingerprint(config: MixtralConfig, dtype: torch.dtype) -> str:

@@ -15,6 +15,7 @@ from cluster.errors import WireError
 from cluster.expert.batcher import Batcher, BusyError, NotHeldError
 from cluster.log import RareWarnings
 from cluster.metrics import WorkerMetrics
+from cluster.pipe import Buffer, PipeServer
 from model.config import MixtralConfig
 from model.units import Unit
 from protos import expert_pb2, peer_pb2
@@ -47,17 +48,25 @@ class ExpertService:
         self._drop_if_damaged = drop_if_damaged
         self._health = HealthServicer()
         self._warnings = RareWarnings(logger)
+        self._pipes = PipeServer(
+            lambda message: [self._answer(message, "a pipe")],
+            max_bytes=rpc.MAX_MESSAGE_BYTES,
+            max_connections=rpc.MAX_STREAMS,
+        )
 
     def add_to(self, server: grpc.Server) -> None:
-        """Offer the service, and gRPC's standard health service, which says SERVING."""
+        """Offer the service, also by a pipe, and gRPC's standard health service: SERVING."""
         server.add_generic_rpc_handlers((self._handler(),))
         add_HealthServicer_to_server(self._health, server)
         self._health.set(rpc.EXPERT_SERVICE, HealthCheckResponse.SERVING)
+        self._pipes.start()
+        self._identity.pipe = self._pipes.name
 
     def end(self, server: grpc.Server, grace_s: float) -> None:
         """Say NOT_SERVING for good, take no new stream, and stop the server after that long."""
         self._health.enter_graceful_shutdown()
         server.stop(grace_s).wait(grace_s + 1)
+        self._pipes.stop()
 
     def _handler(self) -> grpc.GenericRpcHandler:
         # Compute's messages pass as raw bytes, for `wire`
@@ -89,7 +98,7 @@ class ExpertService:
             yield self._answer(message, context.peer())
         logger.info("%s: stream from %s ended", self._identity.name, context.peer())
 
-    def _answer(self, message: bytes, peer: str) -> bytes:
+    def _answer(self, message: Buffer, peer: str) -> bytes:
         """Reply to one call; a call that cannot be answered gets the reason, the stream goes on."""
         started = time.perf_counter()
         incarnation = self._identity.incarnation

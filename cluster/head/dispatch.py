@@ -204,9 +204,9 @@ class RemoteExperts:
             )
             self._next_call_id += 1
             stream = routes.streams[worker]
-            stream.send(call)
             now = time.monotonic()
             overdue_at = now + self._deadline_s(routes, worker, mine)
+            stream.send(call, overdue_at)
             parts.append(_Part(call, rows_R, mine, stream, now, overdue_at))
         return parts
 

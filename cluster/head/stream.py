@@ -1,9 +1,7 @@
 """The stream to one expert worker: calls out, answers in, in the same order."""
 
 import logging
-import queue
 import time
-from collections.abc import Iterator
 
 import grpc
 
@@ -15,6 +13,7 @@ from cluster.errors import (
     HandshakeError,
     WireError,
 )
+from cluster.head.links import GrpcLink, LinkLostError, PipeLink
 from cluster.placement import WorkerInfo
 from protos import expert_pb2, peer_pb2
 
@@ -24,15 +23,11 @@ GRACE_S = 0.1
 """An answer that is there already is read even if its time is over: it may be this process, not the
 worker, that was held up."""
 
-SLOW_AFTER_S = 1.0
-"""A wait longer than this is logged, with what it waits for."""
-
 
 class WorkerStream:
-    """Used by the engine's thread, but for the constructor and `watch`.
+    """Used by the engine's thread, but for the constructor, `watch` and `close`.
 
-    gRPC's blocking read has no timeout of its own, so somebody else must call `watch` now and then,
-    which cancels a read that is overdue.
+    Goes by a pipe if the worker is on this host, else by gRPC.
     """
 
     def __init__(self, worker: WorkerInfo, identity: rpc.Identity) -> None:
@@ -40,33 +35,27 @@ class WorkerStream:
         self.worker = worker
         self.num_outstanding = 0
         """Calls whose answer has not been read."""
-        self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        self._wait: tuple[float, float, str] | None = None
-        """Of the read in progress: since when, until when, and for what."""
-        self._was_slow = False
-        self._missed_deadline = False
-        self._channel = rpc.new_channel(worker.address, identity.security, "worker")
+        channel = rpc.new_channel(worker.address, identity.security, "worker")
         try:
-            self._shake_hands(identity)
+            reply = self._shake_hands(channel, identity)
         except BaseException:
-            self._channel.close()
+            channel.close()
             raise
-        compute = self._channel.stream_stream(f"/{rpc.EXPERT_SERVICE}/Compute")
-        self._incoming: Iterator[bytes] = compute(iter(self._outgoing.get, None))
+        self._link = _pipe_to(reply.pipe) or GrpcLink(channel)
+        if isinstance(self._link, PipeLink):
+            channel.close()
 
     def __repr__(self) -> str:
-        wait = self._wait
-        waits = f", waits for {wait[2]}" if wait else ""
-        return f"WorkerStream({self.worker.name} at {self.worker.address}{waits})"
+        return f"WorkerStream({self.worker.name} at {self.worker.address})"
 
-    def _shake_hands(self, identity: rpc.Identity) -> None:
-        hello = self._channel.unary_unary(
+    def _shake_hands(self, channel: grpc.Channel, identity: rpc.Identity) -> peer_pb2.HelloReply:
+        hello = channel.unary_unary(
             f"/{rpc.EXPERT_SERVICE}/Hello",
             request_serializer=peer_pb2.HelloRequest.SerializeToString,
             response_deserializer=peer_pb2.HelloReply.FromString,
         )
         try:
-            reply = hello(identity.hello(), timeout=rpc.HANDSHAKE_TIMEOUT_S)
+            reply: peer_pb2.HelloReply = hello(identity.hello(), timeout=rpc.HANDSHAKE_TIMEOUT_S)
         except grpc.RpcError as error:
             if error.code() in rpc.REFUSALS:
                 raise HandshakeError(error.details()) from error
@@ -79,11 +68,15 @@ class WorkerStream:
             raise ExpertsUnavailableError(
                 f"{self.worker.name} at {self.worker.address} has been replaced by another process"
             )
+        return reply
 
-    def send(self, call: wire.Call) -> None:
-        """Queue a call; gRPC's own thread sends it."""
+    def send(self, call: wire.Call, overdue_at: float) -> None:
+        """Send a call. What fails, fails when its answer is received.
+
+        overdue_at: when to give up, in `time.monotonic`'s seconds.
+        """
         self.num_outstanding += 1
-        self._outgoing.put(wire.encode_call(call))
+        self._link.send(wire.encode_call(call), overdue_at)
 
     def receive(self, call: wire.Call, overdue_at: float) -> wire.Reply:
         """The answer to a call, with its sums. Calls must be received in the order they were sent.
@@ -96,21 +89,15 @@ class WorkerStream:
         be answered.
         """
         where = f"{self.worker.name} at {self.worker.address}, layer {call.layer}"
-        since = time.monotonic()
-        self._wait = (since, max(overdue_at, since + GRACE_S), where)
+        overdue_at = max(overdue_at, time.monotonic() + GRACE_S)
         try:
-            reply = self._next_reply()
+            reply = self._next_reply(overdue_at, where)
             while reply.call_id < call.call_id:  # of a step that was given up
-                reply = self._next_reply()
-        except (grpc.RpcError, StopIteration) as error:
-            reason = rpc.describe(error) if isinstance(error, grpc.RpcError) else "stream ended"
-            if self._missed_deadline:
-                reason = f"no answer within {time.monotonic() - since:.2f} s"
-            raise ExpertsUnavailableError(f"{where}: {reason}") from error
+                reply = self._next_reply(overdue_at, where)
+        except LinkLostError as error:
+            raise ExpertsUnavailableError(f"{where}: {error}") from error
         except WireError as error:
             raise ExpertsUnavailableError(f"{where}: unreadable answer: {error}") from error
-        finally:
-            self._wait, self._was_slow = None, False
         if (reply.call_id, reply.incarnation) != (call.call_id, self.worker.incarnation):
             raise ExpertsUnavailableError(f"{where}: the answer belongs to another call")
         if reply.error in (expert_pb2.ERROR_NOT_HELD, expert_pb2.ERROR_BUSY):
@@ -124,26 +111,24 @@ class WorkerStream:
             )
         return reply
 
-    def _next_reply(self) -> wire.Reply:
-        message = next(self._incoming)
+    def _next_reply(self, overdue_at: float, where: str) -> wire.Reply:
+        message = self._link.receive(overdue_at, where)
         self.num_outstanding -= 1
         return wire.decode_reply(message)
 
     def watch(self, now: float) -> None:
-        """Cancel a read that is overdue. May be called from any one thread."""
-        wait = self._wait
-        if wait is None:
-            return
-        since, overdue_at, where = wait
-        if now > overdue_at:
-            self._missed_deadline = True
-            self._incoming.cancel()  # type: ignore[attr-defined]
-        elif now - since > SLOW_AFTER_S and not self._was_slow:
-            self._was_slow = True
-            logger.warning("waiting since %.1f s for %s", now - since, where)
+        """End a read that is overdue. May be called from any one thread, now and then."""
+        self._link.watch(now)
 
     def close(self) -> None:
         """End the stream, whatever is outstanding."""
-        self._outgoing.put(None)
-        self._incoming.cancel()  # type: ignore[attr-defined]
-        self._channel.close()
+        self._link.close()
+
+
+def _pipe_to(name: str) -> PipeLink | None:
+    """None when the worker offers no pipe, or is on another host."""
+    try:
+        return PipeLink(name) if name else None
+    except OSError as error:
+        logger.info("no pipe, going by gRPC: %s", error)
+        return None

@@ -44,20 +44,22 @@ def test_the_engine_is_measured_on_workers(tmp_path: Path, checkpoint: Checkpoin
     assert all(held >= half_of_them for held in found["memory"]["worker_pss_bytes"])
 
 
-def test_a_dispatch_is_measured_over_both_transports() -> None:
+def test_a_dispatch_is_measured_over_every_transport() -> None:
     wanted = DispatchPlan(
         rows=[1, 3],
         hidden_size=64,
         dtype="bfloat16",
-        transports=["tcp", "unix"],
+        transports=["pipe", "tcp", "unix"],
         num_threads=1,
         rounds=5,
         num_warmup=2,
     )
     rows = measure(wanted, lambda _: None)
     assert [(row.transport, row.num_rows) for row in rows] == [
+        ("pipe", 1),
         ("tcp", 1),
         ("unix", 1),
+        ("pipe", 3),
         ("tcp", 3),
         ("unix", 3),
     ]

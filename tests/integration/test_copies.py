@@ -1,16 +1,15 @@
 """Copies and slices over real gRPC, without Ray: what a loss, a stall or a full worker costs."""
 
+import logging
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 import grpc
 import pytest
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from tests.integration.proxy import CuttingProxy
 
 from cluster import rpc
 from cluster.head.cross_check import CrossCheck
@@ -24,7 +23,7 @@ from model.router import Routing
 from model.sampling_params import SamplingParams
 from model.units import Unit
 from model.weights import Checkpoint
-from tests.integration.workers import WorkerServer, remote_experts
+from tests.integration.workers import WorkerServer, behind_proxy, remote_experts
 
 GREEDY = SamplingParams(max_tokens=40, temperature=0.0)
 PATIENCE_S = 60.0
@@ -85,10 +84,9 @@ def test_a_lost_worker_whose_experts_have_copies_costs_no_token_and_little_time(
     """No placement comes to the rescue, and nobody waits for the worker to be back."""
     prompt = mixtral.tokenizer.encode_prompt("Once upon a time")
     expected = mixtral.generate_ids([prompt], [GREEDY])
-    with CuttingProxy(two_workers[1].address) as proxy:
-        behind_proxy = replace(two_workers[1].info, address=proxy.address)
+    with behind_proxy(two_workers[1]) as (proxy, far):
         table = everywhere(checkpoint, (0,), (1,))
-        placement = Placement(1, (two_workers[0].info, behind_proxy), table)
+        placement = Placement(1, (two_workers[0].info, far), table)
         with connected(placement, checkpoint) as experts:
             seen = 0
 
@@ -113,16 +111,15 @@ def test_a_new_worker_that_does_not_answer_holds_nobody_up(
     mixtral: Mixtral, two_workers: list[WorkerServer], checkpoint: Checkpoint
 ) -> None:
     """The handshake with it takes its whole timeout, beside the engine."""
-    first, second = (worker.info for worker in two_workers)
+    first = two_workers[0].info
     old = Placement(1, (first,), everywhere(checkpoint, (0,)))
     ids = [1, 5, 9]
     feed = PlacementFeed()
     with (
-        CuttingProxy(two_workers[1].address) as proxy,
+        behind_proxy(two_workers[1]) as (proxy, silent),
         connected(old, checkpoint, feed) as experts,
     ):
         proxy.stall()
-        silent = replace(second, address=proxy.address)
         new = Placement(2, (first, silent), everywhere(checkpoint, (1,)))
         feed.put(new)
         started = time.monotonic()
@@ -230,3 +227,21 @@ def test_a_worker_says_that_it_serves_no_more_before_it_ends(checkpoint: Checkpo
         said.cancel()
         ending.join(10)
         assert not ending.is_alive()
+
+
+def test_only_a_worker_of_this_host_is_asked_by_its_pipe(
+    two_workers: list[WorkerServer], checkpoint: Checkpoint, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Both answer alike; a pipe leaves no stream at the worker's gRPC server."""
+    routing = Routing(torch.tensor([[0, 1]]), torch.tensor([[0.5, 0.5]]))
+    x_TD = torch.randn(1, checkpoint.config.hidden_size).to(checkpoint.dtype)
+    caplog.set_level(logging.INFO, logger="cluster.expert.service")
+    sums = []
+    with behind_proxy(two_workers[1]) as (_, far):
+        for info, num_streams in ((two_workers[0].info, 0), (far, 1)):
+            caplog.clear()
+            placement = Placement(1, (info,), everywhere(checkpoint, (0,)))
+            with connected(placement, checkpoint) as experts:
+                sums.append(experts.dispatch(0, x_TD, routing).wait())
+            assert caplog.text.count("opened") == num_streams
+    assert torch.equal(*sums)

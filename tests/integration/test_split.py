@@ -21,8 +21,7 @@ from model.sampling_params import SamplingParams
 from model.units import Unit
 from model.weights import Checkpoint
 from protos import expert_pb2, peer_pb2
-from tests.faults import Proxy
-from tests.integration.workers import WorkerServer, placement_on, remote_experts
+from tests.integration.workers import WorkerServer, behind_proxy, placement_on, remote_experts
 from tests.oracle import Oracle
 
 GREEDY = SamplingParams(max_tokens=60, temperature=0.0)
@@ -169,11 +168,10 @@ def test_a_cut_connection_to_a_living_worker_costs_no_token(
 ) -> None:
     prompt = mixtral.tokenizer.encode_prompt("Once upon a time")
     expected = mixtral.generate_ids([prompt], [GREEDY])
-    with Proxy(two_workers[1].address) as proxy:
+    with behind_proxy(two_workers[1]) as (proxy, far):
         placement = placement_on(two_workers, checkpoint)
-        behind_proxy = replace(placement.workers[1], address=proxy.address)
         feed = PlacementFeed()
-        feed.put(replace(placement, workers=(placement.workers[0], behind_proxy)))
+        feed.put(replace(placement, workers=(placement.workers[0], far)))
         experts = remote_experts(feed, checkpoint)
         assert experts.connect(timeout_s=10)
         seen = 0
@@ -210,11 +208,10 @@ def test_a_lost_worker_without_successor_is_an_error_within_the_bound(
 def test_a_worker_that_never_answers_is_an_error_within_the_deadline(
     mixtral: Mixtral, checkpoint: Checkpoint, two_workers: list[WorkerServer]
 ) -> None:
-    with Proxy(two_workers[1].address) as proxy:
+    with behind_proxy(two_workers[1]) as (proxy, far):
         placement = placement_on(two_workers, checkpoint)
-        behind_proxy = replace(placement.workers[1], address=proxy.address)
         feed = PlacementFeed()
-        feed.put(replace(placement, workers=(placement.workers[0], behind_proxy)))
+        feed.put(replace(placement, workers=(placement.workers[0], far)))
         experts = remote_experts(feed, checkpoint, timeout_s=0.5, recovery_timeout_s=0.5)
         assert experts.connect(timeout_s=10)
         proxy.stall()

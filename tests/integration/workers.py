@@ -1,6 +1,8 @@
 """Expert workers without Ray: the service, its batcher and a real gRPC server, in this process."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 
 from cluster import rpc
 from cluster.expert.batcher import Batcher
@@ -14,6 +16,7 @@ from cluster.security import Security
 from model.experts import checksum
 from model.units import Unit
 from model.weights import Checkpoint
+from tests.faults import Proxy
 
 
 def table_of(checkpoint: Checkpoint, num_workers: int = 2) -> Table:
@@ -76,7 +79,18 @@ class WorkerServer:
         return WorkerInfo(self.identity.name, self.address, self.identity.incarnation, 0)
 
     def stop(self) -> None:
-        self.server.stop(None).wait()
+        self.service.end(self.server, 0)
+
+
+@contextmanager
+def behind_proxy(worker: WorkerServer) -> Iterator[tuple[Proxy, WorkerInfo]]:
+    """The worker as if it were on another host, which its pipe does not reach."""
+    pipe, worker.identity.pipe = worker.identity.pipe, ""
+    try:
+        with Proxy(worker.address) as proxy:
+            yield proxy, replace(worker.info, address=proxy.address)
+    finally:
+        worker.identity.pipe = pipe
 
 
 def placement_on(servers: list[WorkerServer], checkpoint: Checkpoint, epoch: int = 1) -> Placement:

@@ -1,0 +1,136 @@
+"""The ways to a worker: gRPC, or a pipe if it is on this host. Messages out, answers in order."""
+
+import logging
+import queue
+import time
+from collections.abc import Iterator
+from typing import Protocol
+
+import grpc
+
+from cluster import rpc
+from cluster.errors import WireError
+from cluster.pipe import Buffer, Pipe
+
+logger = logging.getLogger(__name__)
+
+SLOW_AFTER_S = 1.0
+"""A wait longer than this is logged, with what it waits for."""
+
+
+class LinkLostError(Exception):
+    """The worker is gone, or its time is over; the link is of no more use."""
+
+
+class Link(Protocol):
+    """Used by the engine's thread, but for `watch` and `close`. Times are `time.monotonic`'s."""
+
+    def send(self, message: bytes, overdue_at: float) -> None:
+        """Send a message. Never raises: whatever fails shows when the answer is wanted."""
+        ...
+
+    def receive(self, overdue_at: float, where: str) -> Buffer:
+        """The next answer. where: what for, for people. Raises LinkLostError."""
+        ...
+
+    def watch(self, now: float) -> None:
+        """Called now and then from another thread, for links that cannot watch the time."""
+        ...
+
+    def close(self) -> None:
+        """End the link, whatever is outstanding."""
+        ...
+
+
+class GrpcLink:
+    """A stream of the worker's Compute method.
+
+    gRPC's blocking read has no timeout of its own, so `watch` cancels a read that is overdue.
+    """
+
+    def __init__(self, channel: grpc.Channel) -> None:
+        """The channel is closed with the link."""
+        self._channel = channel
+        self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._wait: tuple[float, float, str] | None = None
+        """Of the read in progress: since when, until when, and for what."""
+        self._was_slow = False
+        self._missed_deadline = False
+        compute = channel.stream_stream(f"/{rpc.EXPERT_SERVICE}/Compute")
+        self._incoming: Iterator[bytes] = compute(iter(self._outgoing.get, None))
+
+    def send(self, message: bytes, overdue_at: float) -> None:
+        """Queue a message; gRPC's own thread sends it."""
+        self._outgoing.put(message)
+
+    def receive(self, overdue_at: float, where: str) -> bytes:
+        since = time.monotonic()
+        self._wait = (since, overdue_at, where)
+        try:
+            return next(self._incoming)
+        except (grpc.RpcError, StopIteration) as error:
+            reason = rpc.describe(error) if isinstance(error, grpc.RpcError) else "stream ended"
+            if self._missed_deadline:
+                reason = f"no answer within {time.monotonic() - since:.2f} s"
+            raise LinkLostError(reason) from error
+        finally:
+            self._wait, self._was_slow = None, False
+
+    def watch(self, now: float) -> None:
+        wait = self._wait
+        if wait is None:
+            return
+        since, overdue_at, where = wait
+        if now > overdue_at:
+            self._missed_deadline = True
+            self._incoming.cancel()  # type: ignore[attr-defined]
+        elif now - since > SLOW_AFTER_S and not self._was_slow:
+            self._was_slow = True
+            logger.warning("waiting since %.1f s for %s", now - since, where)
+
+    def close(self) -> None:
+        self._outgoing.put(None)
+        self._incoming.cancel()  # type: ignore[attr-defined]
+        self._channel.close()
+
+
+class PipeLink:
+    """A pipe to a worker of this host."""
+
+    def __init__(self, name: str) -> None:
+        """Raises OSError when the worker of that name is not on this host, or is another user's."""
+        self._pipe = Pipe.connect(name, max_bytes=rpc.MAX_MESSAGE_BYTES)
+        self._broken = ""
+
+    def send(self, message: bytes, overdue_at: float) -> None:
+        try:
+            self._pipe.send([message], _left_s(overdue_at))
+        except (OSError, WireError) as error:
+            self._broken = f"it could not be asked: {error}"
+
+    def receive(self, overdue_at: float, where: str) -> bytearray:
+        if self._broken:
+            raise LinkLostError(self._broken)
+        since = time.monotonic()
+        try:
+            if overdue_at - since > SLOW_AFTER_S:
+                try:
+                    return self._pipe.receive(SLOW_AFTER_S)
+                except TimeoutError:
+                    logger.warning("waiting since %.1f s for %s", SLOW_AFTER_S, where)
+            return self._pipe.receive(_left_s(overdue_at))
+        except TimeoutError as error:
+            reason = f"no answer within {time.monotonic() - since:.2f} s"
+            raise LinkLostError(reason) from error
+        except (OSError, WireError) as error:
+            raise LinkLostError(str(error)) from error
+
+    def watch(self, now: float) -> None:
+        """Nothing to do: a pipe's waits end by themselves."""
+
+    def close(self) -> None:
+        self._pipe.close()
+
+
+def _left_s(overdue_at: float) -> float:
+    return max(0.0, overdue_at - time.monotonic())
