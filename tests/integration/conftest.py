@@ -51,7 +51,8 @@ class Service:
         return service
 
     def client(self) -> Client:
-        return Client(self.url, timeout=60)
+        """One that asks once and shows every break: it is the service that is tested."""
+        return Client(self.url, timeout=60, max_retries=0)
 
     def stop(self, signum: int = signal.SIGTERM) -> int:
         """Ask it to stop and wait for the end; returns its exit code."""
