@@ -11,7 +11,7 @@ from cluster.head.bans import Bans
 from cluster.head.choice import options
 from cluster.head.connections import Connections
 from cluster.head.stream import WorkerStream
-from cluster.placement import Copy, Placement
+from cluster.placement import Copy, Placement, WorkerInfo
 from model.units import Unit
 
 logger = logging.getLogger(__name__)
@@ -47,8 +47,15 @@ class Routes:
     """Connected workers that are not banned."""
     _found: dict[tuple[Unit, int | None], list[Copy]] = field(default_factory=dict)
 
-    def options(self, unit: Unit) -> list[Copy]:
-        """The ways to have a unit computed; by a banned worker only where nobody else can."""
+    def options(self, unit: Unit, refused_by: Collection[WorkerInfo] = ()) -> list[Copy]:
+        """The ways to have a unit computed; by a banned worker only where nobody else can.
+
+        refused_by: who is not to be asked at all.
+        """
+        if refused_by:
+            workers = self.placement.workers
+            others = [number for number in self.streams if workers[number] not in refused_by]
+            return self.options_among(unit, others)
         found = self._found.get((unit, None))
         if found is None:
             found = self.options_among(unit, self.trusted)
@@ -59,6 +66,13 @@ class Routes:
     def options_among(self, unit: Unit, workers: Collection[int]) -> list[Copy]:
         """The ways to have a unit computed by some workers."""
         return options(unit, self.placement.table[unit.layer][unit.expert_id], workers)
+
+    def copies(self, unit: Unit) -> tuple[int, list[tuple[WorkerInfo, ...]]]:
+        """The epoch, and of each way to have a unit computed the workers."""
+        workers = self.placement.workers
+        return self.placement.epoch, [
+            tuple(workers[number] for number in copy) for copy in self.options(unit)
+        ]
 
     @property
     def num_lacking(self) -> int:

@@ -441,6 +441,22 @@ def test_the_only_worker_is_asked_again_until_it_takes_the_call(
         assert workers.num_connects == 1
 
 
+@pytest.mark.parametrize("trouble", ["refuses", "breaks off"])
+def test_a_worker_that_never_takes_the_call_is_given_up(
+    mixtral: Mixtral, weights: Weights, trouble: str
+) -> None:
+    placement = placement_of((copied((0,)),), 1)
+    with remote(mixtral, weights, placement, recovery_timeout_s=0.3) as (experts, workers):
+        worker = workers[placement.workers[0]]
+        if trouble == "refuses":
+            worker.refusals = 10**9
+        else:
+            worker.fail_at = set(range(10**4))
+        with pytest.raises(ExpertsUnavailableError, match=r"told to .*; no replacement"):
+            experts.dispatch(0, *rows_of(mixtral)).wait()
+        assert len(worker.calls) > 1
+
+
 def test_a_worker_is_waited_for_briefly_where_others_could_answer(
     mixtral: Mixtral, weights: Weights
 ) -> None:
