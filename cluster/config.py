@@ -71,7 +71,18 @@ class ServeConfig(BaseModel):
     worker_threads: int = Field(default=1, ge=1)
     """Compute threads of a worker on CPU. More threads than cores over all workers cost dearly."""
     worker_memory_bytes: int | None = Field(default=None, ge=1)
-    """Bytes of experts a worker may hold. None: no bound, experts are spread evenly."""
+    """Bytes of experts a worker may hold; while experts move, one more than fits. What is left is
+    for copies of those with the most load. None: no bound, and no such copies."""
+    expert_copies: int = Field(default=1, ge=1, le=16)
+    """Copies of each expert, at least, on different workers. With 2 nothing waits when a worker
+    dies; with 1 rows wait until its experts are loaded again."""
+    expert_slices: int = Field(default=1, ge=1, le=64)
+    """Workers that share each copy of an expert, each with an equal slice of its intermediate
+    dimension; num_workers must be a multiple. For low latency with few workers: all of them work on
+    every row, for one more message per row each."""
+    rebalance_gain: float | None = Field(default=0.1, gt=0, lt=1)
+    """Share of the experts' time that another placement must be expected to save before experts are
+    moved. Expected from counted rows, whose noise is a few percent. None: only on demand."""
     head_cpus: float = Field(default=0.2, ge=0)
     """CPUs that Ray reserves for a head."""
     head_gpus: float = Field(default=0, ge=0)

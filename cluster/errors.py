@@ -3,6 +3,7 @@
     MaestraleError
     ├── ConfigurationError        a setting or flag is wrong; says which and what to do
     ├── PlacementError            the experts cannot be placed on the workers there are
+    ├── ManifestError             weights are not those that were loaded first
     ├── StartError                the service cannot get ready, and why
     ├── WireError                 bytes from a peer break the protocol
     ├── HandshakeError            a peer speaks another version or serves another model
@@ -38,6 +39,10 @@ class ConfigurationError(MaestraleError):
 
 class PlacementError(MaestraleError):
     """The experts cannot be placed on the workers there are."""
+
+
+class ManifestError(MaestraleError):
+    """Weights are not those that the checkpoint's manifest says were loaded first."""
 
 
 class StartError(MaestraleError):

@@ -223,6 +223,7 @@ class WorkerMetrics(ServerMetrics):
 
     def __init__(self) -> None:
         super().__init__("expert")
+        self._row_counts: dict[tuple[int, int], int] = {}
         self._rows = Counter(
             "maestrale_expert_rows",
             "Rows that an expert computed",
@@ -247,9 +248,15 @@ class WorkerMetrics(ServerMetrics):
     def observe_pass(self, counts: Iterable[tuple[Unit, int]], seconds: float) -> None:
         """One grouped computation of some rows for each unit, possibly for several calls."""
         for unit, num_rows in counts:
+            key = (unit.layer, unit.expert_id)
+            self._row_counts[key] = self._row_counts.get(key, 0) + num_rows
             self._rows.labels(str(unit.layer), str(unit.expert_id)).inc(num_rows)
             self._passes.inc()
         self._seconds.inc(seconds)
+
+    def row_counts(self) -> dict[tuple[int, int], int]:
+        """Rows computed so far, by layer and expert. From any thread."""
+        return self._row_counts.copy()
 
     def observe_call(self, outcome: str) -> None:
         """outcome: ok, invalid, not_held, busy or internal."""

@@ -1,12 +1,11 @@
 """Which worker holds which expert, and the view of the cluster that the controller publishes.
 
-Pure: no network, no clock, no torch. Same input, same plan: a restarted controller moves nothing.
+Pure: no network, no clock, no torch. `planning` decides who is to hold what.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from cluster.errors import PlacementError
 from model.units import Unit
 
 Copy = tuple[int, ...]
@@ -32,6 +31,28 @@ class WorkerInfo:
 
 
 @dataclass(frozen=True)
+class WorkerReport:
+    """What an expert worker says with every heartbeat.
+
+    node:      where it runs.
+    epoch:     the highest that it was told, by any controller.
+    held:      the units that it can be asked for, with the digest of what was read for each.
+    num_bytes: of these.
+    rows:      how many it has computed since its start, by layer and expert.
+    error:     why it failed to load a unit, until it is told again what to hold.
+    """
+
+    address: str
+    incarnation: int
+    node: str
+    epoch: int
+    held: Mapping[Unit, str]
+    num_bytes: int
+    rows: Mapping[tuple[int, int], int]
+    error: str | None
+
+
+@dataclass(frozen=True)
 class Placement:
     """Where every expert is. Immutable; each change has a new epoch."""
 
@@ -43,6 +64,11 @@ class Placement:
         """Index of the worker to ask."""
         (worker,) = self.table[layer][expert_id][0]
         return worker
+
+    @property
+    def num_missing(self) -> int:
+        """Experts that nobody holds now."""
+        return sum(not copies for layer in self.table for copies in layer)
 
     def num_experts_of(self, worker: int) -> int:
         """How many units a worker holds."""
@@ -59,48 +85,6 @@ def held_by(table: Table, worker: int) -> list[Unit]:
         for slice_number, holder in enumerate(copy)
         if holder == worker
     )
-
-
-def plan(
-    *,
-    num_layers: int,
-    num_experts: int,
-    expert_bytes: Sequence[int],
-    budgets: Sequence[int | None],
-) -> Table:
-    """Give every expert one copy, spreading each layer, and then the bytes, evenly.
-
-    Layers run one after another, so a layer is as slow as its busiest worker: evenness within the
-    layer comes first. Where a layer does not divide evenly, the surplus goes round.
-
-    expert_bytes: what an expert takes on each worker.
-    budgets:      bytes each worker may hold, None for no bound.
-    Raises PlacementError when the experts do not fit.
-    """
-    used = [0] * len(budgets)
-    table = []
-    for layer in range(num_layers):
-        in_layer = [0] * len(budgets)
-        row = []
-        for expert_id in range(num_experts):
-            open_workers = [
-                worker
-                for worker, budget in enumerate(budgets)
-                if budget is None or used[worker] + expert_bytes[worker] <= budget
-            ]
-            if not open_workers:
-                needed = num_layers * num_experts * max(expert_bytes, default=0)
-                raise PlacementError(
-                    f"no room for expert {expert_id} of layer {layer}: {len(budgets)} workers may "
-                    f"hold {sum(b or 0 for b in budgets):,} bytes, all experts take up to "
-                    f"{needed:,}; add workers or raise worker_memory_bytes"
-                )
-            chosen = min(open_workers, key=lambda worker: (in_layer[worker], used[worker], worker))
-            in_layer[chosen] += 1
-            used[chosen] += expert_bytes[chosen]
-            row.append(((chosen,),))
-        table.append(tuple(row))
-    return tuple(table)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from cluster.bench.summary import Distribution, distribution
 from cluster.bench.workers import Holding, connected, running_workers
 from cluster.head.dispatch import RemoteExperts
 from cluster.head.stopwatch import Stopwatch
-from cluster.placement import plan
+from cluster.planning import plan
 from model.config import MixtralConfig
 from model.experts import ExpertWeights
 from model.phases import Phase

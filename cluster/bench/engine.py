@@ -24,7 +24,7 @@ from cluster.head.scheduler import Scheduler
 from cluster.head.sequence import Sequence as EngineSequence
 from cluster.head.stopwatch import Stopwatch
 from cluster.metrics import HeadMetrics, StepStats
-from cluster.placement import plan
+from cluster.planning import plan
 from model.blocks import BlockPool
 from model.decoder import Decoder
 from model.experts import Experts, LocalExperts

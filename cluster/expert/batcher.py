@@ -61,8 +61,8 @@ class _Job:
 class Batcher:
     """Computes calls against the experts that `held` maps at that moment. Thread-safe.
 
-    Whoever loads experts adds them to `held` whole, one by one: a call sees an expert's final
-    weights or none.
+    Whoever loads experts adds them to `held` whole, one by one, and may drop them at any time: a
+    call sees an expert's final weights or none.
     """
 
     held: Held
@@ -117,7 +117,11 @@ class Batcher:
         try:
             with torch.inference_mode():
                 x_RD, assignments = join(jobs)
-                sums_RD = weighted_sums(self.held, x_RD, assignments)
+                try:
+                    held = {unit: self.held[unit] for unit, _ in assignments.counts}
+                except KeyError as error:
+                    raise NotHeldError(f"dropped while the call waited: {error}") from error
+                sums_RD = weighted_sums(held, x_RD, assignments)
         except Exception as error:
             # Also out of memory: the callers get it as their answer, the worker goes on.
             for job in jobs:

@@ -8,6 +8,7 @@ import asyncio
 import logging
 import os
 import threading
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -47,12 +48,13 @@ class HeadReplica:
         self._controller = controller
         self._report = HeadReport(self._name)
         self._feed = PlacementFeed()
+        self._epoch = 0
         self._is_stopping = threading.Event()
         self._engine: Engine | None = None
         self._server: grpc.Server | None = None
         self._loop = asyncio.get_running_loop()
         self._follower = asyncio.create_task(
-            follow(controller, self._on_view, lambda: self._report)
+            follow(controller, self._on_view, lambda: replace(self._report, epoch=self._epoch))
         )
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -78,6 +80,7 @@ class HeadReplica:
     def _on_view(self, view: ClusterView) -> None:
         if view.placement is not None:
             self._feed.put(view.placement)
+            self._epoch = view.placement.epoch  # the engine adopts it before it sends anything
 
     def _run(self) -> None:
         """The engine thread's life."""
@@ -150,7 +153,7 @@ class HeadReplica:
 
     async def _tell(self, report: HeadReport) -> None:
         try:
-            await self._controller.watch.remote(-1, report)
+            await self._controller.watch.remote(-1, replace(report, epoch=self._epoch))
         except Exception as error:
             # `follow` repeats the report with its next call.
             logger.info("%s: the controller did not take the report: %r", self._name, error)

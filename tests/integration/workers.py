@@ -8,7 +8,8 @@ from cluster.expert.service import ExpertService
 from cluster.head.dispatch import RemoteExperts
 from cluster.head.routes import PlacementFeed
 from cluster.metrics import WorkerMetrics
-from cluster.placement import Placement, Table, WorkerInfo, plan
+from cluster.placement import Placement, Table, WorkerInfo
+from cluster.planning import plan
 from cluster.security import Security
 from model.experts import checksum
 from model.units import Unit

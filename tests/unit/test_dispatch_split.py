@@ -17,7 +17,8 @@ from cluster.head import connections
 from cluster.head.answer_times import FLOOR_S
 from cluster.head.dispatch import RemoteExperts, RemoteRows
 from cluster.head.routes import PlacementFeed
-from cluster.placement import Copy, Placement, Table, WorkerInfo, plan
+from cluster.placement import Copy, Placement, Table, WorkerInfo
+from cluster.planning import plan
 from cluster.rpc import Identity
 from model import Mixtral
 from model.experts import ExpertWeights

@@ -1,13 +1,11 @@
 """Every expert has a home, the load is even, and the same input gives the same plan."""
 
 from collections import Counter
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.errors import PlacementError
 from cluster.placement import (
     ClusterView,
     Copy,
@@ -16,8 +14,8 @@ from cluster.placement import (
     Table,
     WorkerInfo,
     held_by,
-    plan,
 )
+from cluster.planning import plan
 from model.units import Unit
 
 SIZES = st.tuples(st.integers(1, 8), st.integers(1, 9), st.integers(1, 7))
@@ -59,57 +57,6 @@ def test_without_budgets_layers_and_totals_are_even(sizes: tuple[int, int, int])
         assert max(in_layer) - min(in_layer) <= 1
     totals = [sum(column) for column in zip(*by_layer, strict=True)]
     assert max(totals) - min(totals) <= 1
-
-
-@given(sizes=SIZES, data=st.data())
-def test_budgets_hold_whenever_the_experts_fit_and_only_then(
-    sizes: tuple[int, int, int], data: st.DataObject
-) -> None:
-    num_layers, num_experts, num_workers = sizes
-
-    def per_worker(each: st.SearchStrategy[Any]) -> list[Any]:
-        return data.draw(st.lists(each, min_size=num_workers, max_size=num_workers))
-
-    budgets = per_worker(st.none() | st.integers(0, 3_000))
-    expert_bytes = per_worker(st.sampled_from([25, 50, 100]))  # int4 here, int8 there
-    rooms = [
-        10**6 if budget is None else budget // of_one
-        for budget, of_one in zip(budgets, expert_bytes, strict=True)
-    ]
-
-    def planned() -> Table:
-        return plan(
-            num_layers=num_layers,
-            num_experts=num_experts,
-            expert_bytes=expert_bytes,
-            budgets=budgets,
-        )
-
-    if sum(rooms) < num_layers * num_experts:
-        with pytest.raises(PlacementError):
-            planned()
-        return
-    table = planned()
-    for worker, room in enumerate(rooms):
-        assert len(held_by(table, worker)) <= room
-    assert sum(len(held_by(table, worker)) for worker in range(num_workers)) == (
-        num_layers * num_experts
-    )
-
-
-def test_a_refusal_has_the_numbers() -> None:
-    with pytest.raises(PlacementError) as refused:
-        plan(num_layers=2, num_experts=8, expert_bytes=[1_000, 500], budgets=[3_500, 2_000])
-    message = str(refused.value)
-    for number in ("expert 7 of layer 0", "2 workers", "5,500 bytes", "16,000"):
-        assert number in message
-    with pytest.raises(PlacementError, match="0 workers"):
-        plan(num_layers=1, num_experts=1, expert_bytes=[], budgets=[])
-
-
-@given(sizes=SIZES)
-def test_the_same_input_gives_the_same_plan(sizes: tuple[int, int, int]) -> None:
-    assert plan_evenly(*sizes) == plan_evenly(*sizes)
 
 
 @given(sizes=SIZES, data=st.data())
