@@ -23,7 +23,7 @@ from model.router import Routing
 from model.sampling_params import SamplingParams
 from model.units import Unit
 from model.weights import Checkpoint
-from tests.integration.proxy import CuttingProxy
+from tests.faults import Proxy
 from tests.integration.workers import WorkerServer, remote_experts
 
 GREEDY = SamplingParams(max_tokens=40, temperature=0.0)
@@ -85,7 +85,7 @@ def test_a_lost_worker_whose_experts_have_copies_costs_no_token_and_little_time(
     """No placement comes to the rescue, and nobody waits for the worker to be back."""
     prompt = mixtral.tokenizer.encode_prompt("Once upon a time")
     expected = mixtral.generate_ids([prompt], [GREEDY])
-    with CuttingProxy(two_workers[1].address) as proxy:
+    with Proxy(two_workers[1].address) as proxy:
         behind_proxy = replace(two_workers[1].info, address=proxy.address)
         table = everywhere(checkpoint, (0,), (1,))
         placement = Placement(1, (two_workers[0].info, behind_proxy), table)
@@ -118,7 +118,7 @@ def test_a_new_worker_that_does_not_answer_holds_nobody_up(
     ids = [1, 5, 9]
     feed = PlacementFeed()
     with (
-        CuttingProxy(two_workers[1].address) as proxy,
+        Proxy(two_workers[1].address) as proxy,
         connected(old, checkpoint, feed) as experts,
     ):
         proxy.stall()
