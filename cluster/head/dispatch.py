@@ -20,7 +20,8 @@ from cluster.errors import CallRefusedError, ExpertsUnavailableError
 from cluster.head.answer_times import AnswerTimes
 from cluster.head.choice import choose, split
 from cluster.head.cross_check import CrossCheck
-from cluster.head.routes import Directory, PlacementFeed, Routes
+from cluster.head.feed import PlacementFeed
+from cluster.head.routes import Directory, Routes
 from cluster.head.stream import WorkerStream
 from cluster.metrics import HeadMetrics
 from cluster.placement import WorkerInfo

@@ -16,7 +16,7 @@ from cluster.errors import ExpertsUnavailableError
 from cluster.head import connections
 from cluster.head.answer_times import FLOOR_S
 from cluster.head.dispatch import RemoteExperts, RemoteRows
-from cluster.head.routes import PlacementFeed
+from cluster.head.feed import PlacementFeed
 from cluster.placement import Copy, Placement, Table, WorkerInfo
 from cluster.planning import plan
 from cluster.rpc import Identity
@@ -495,6 +495,24 @@ def test_a_placement_is_gone_by_once_its_workers_are_connected(
         assert experts.epoch == 2
         assert [call.epoch for call in workers[fresh].calls] == [2]
         assert dropped.name not in repr(experts)
+
+
+def test_an_idle_head_connects_to_new_workers_and_says_what_it_will_go_by(
+    mixtral: Mixtral, weights: Weights
+) -> None:
+    old = placement_of((copied((0,)),), 1)
+    new = Placement(2, (*old.workers, FRESH), (copied((1,)),))
+    feed = PlacementFeed()
+    with remote(mixtral, weights, old, feed) as (experts, workers):
+        workers.place(new)
+        workers.unreachable = {FRESH}
+        feed.put(new)
+        assert experts.epoch == 1
+        workers.unreachable = set()
+        wait_until(lambda: experts.epoch == 2, feed)
+        assert workers[FRESH].calls == []
+        assert_right(mixtral, experts)
+        assert len(workers[FRESH].calls) == 1
 
 
 def test_a_worker_that_leaves_may_first_answer_what_it_was_asked(
