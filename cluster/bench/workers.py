@@ -17,7 +17,7 @@ from cluster.errors import BenchError
 from cluster.expert.batcher import Batcher, Held
 from cluster.expert.service import ExpertService
 from cluster.head.dispatch import RemoteExperts
-from cluster.head.routes import PlacementFeed
+from cluster.head.feed import PlacementFeed
 from cluster.metrics import WorkerMetrics
 from cluster.placement import Placement, Table, WorkerInfo, held_by
 from model.config import MixtralConfig

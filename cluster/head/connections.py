@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping
 
 from cluster import rpc
 from cluster.errors import ConfigurationError, ExpertsUnavailableError, HandshakeError
+from cluster.head.feed import PlacementFeed
 from cluster.head.stream import WorkerStream
-from cluster.placement import WorkerInfo
+from cluster.placement import Placement, WorkerInfo
 
 logger = logging.getLogger(__name__)
 
@@ -26,10 +27,9 @@ class Connections:
     paused worker takes its whole timeout.
     """
 
-    def __init__(
-        self, identity: rpc.Identity, changed: threading.Condition, *, drain_s: float
-    ) -> None:
-        """changed: notified when a stream comes or goes.
+    def __init__(self, identity: rpc.Identity, feed: PlacementFeed, *, drain_s: float) -> None:
+        """feed: its newest placement's workers are wanted at once, before anybody says so; its
+            `changed` is notified when a stream comes or goes.
         drain_s: how long the stream of a worker that is not wanted any more may wait for answers.
         """
         self.streams: Mapping[WorkerInfo, WorkerStream] = {}
@@ -37,7 +37,9 @@ class Connections:
         self.version = 0
         """Grows whenever `streams` is replaced."""
         self._identity = identity
-        self._changed = changed
+        self._feed = feed
+        self._heard: Placement | None = None
+        self._changed = feed.changed
         self._drain_s = drain_s
         self._wanted: frozenset[WorkerInfo] = frozenset()
         self._connecting: set[WorkerInfo] = set()
@@ -97,9 +99,17 @@ class Connections:
             for stream in self.streams.values():
                 stream.watch(now)
             self._end_drained(now)
+            self._hear()
             self._connect_missing(now)
             self._wake.wait(BEAT_S)
             self._wake.clear()
+
+    def _hear(self) -> None:
+        with self._changed:
+            newest = self._feed.newest
+            if newest is not None and newest is not self._heard and not self._is_closed:
+                self._heard = newest
+                self._wanted |= frozenset(newest.workers)
 
     def _end_drained(self, now: float) -> None:
         with self._changed:

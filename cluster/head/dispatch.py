@@ -20,14 +20,14 @@ from cluster.errors import CallRefusedError, ExpertsUnavailableError
 from cluster.head.answer_times import AnswerTimes
 from cluster.head.choice import choose, split
 from cluster.head.cross_check import CrossCheck
-from cluster.head.routes import Directory, PlacementFeed, Routes
+from cluster.head.feed import PlacementFeed
+from cluster.head.routes import Directory, Routes
 from cluster.head.stream import WorkerStream
 from cluster.metrics import HeadMetrics
-from cluster.placement import Copy, WorkerInfo
+from cluster.placement import WorkerInfo
 from model.experts import Assignments, assign
 from model.phases import UNWATCHED, Phases
 from model.router import Routing
-from model.units import Unit
 
 logger = logging.getLogger(__name__)
 
@@ -102,10 +102,12 @@ class RemoteExperts:
     def dispatch(self, layer: int, x_TD: Tensor, routing: Routing) -> "RemoteRows":
         """Send every row to the workers that hold its experts."""
         self.phases.enter("packing")
+        routes = self._directory.routes()
+        assert routes is not None, "dispatch before the first placement"
         assignments = assign(layer, routing)
-        parts = self._send(layer, x_TD, assignments)
+        parts = self._send(routes, x_TD, [assignments])
         if self._cross_check is not None and parts:
-            self._cross_check.offer(x_TD, assignments, self._copies)
+            self._cross_check.offer(x_TD, assignments, routes.copies)
         return RemoteRows(self, layer, x_TD, assignments, parts)
 
     def receive(self, part: _Part, *, is_timely: bool) -> wire.Reply:
@@ -133,100 +135,85 @@ class RemoteExperts:
         lost: Sequence[Assignments],
         refused_by: set[WorkerInfo],
         cause: ExpertsUnavailableError | None,
+        lost_since: float,
     ) -> tuple[list[_Part], bool]:
         """Send what was lost to others, as soon as there are any.
 
         Returns the parts, and whether they are all of the dispatch anew: a lost slice can only be
         made good by the same slice, or by computing everything again in another way.
-        Raises ExpertsUnavailableError if that takes too long.
+
+        refused_by: who is not to be asked; cleared when it is time to ask them again.
+        lost_since: when the dispatch first lost something, see `patience_s`.
         """
         started = time.monotonic()
+        has_waited = False
         has_slices = any(unit.num_slices > 1 for each in lost for unit, _ in each.counts)
         attempts = [(lost, False), *([([rows.assignments], True)] if has_slices else [])]
         while True:
             for wanted, is_all in attempts:
-                parts = self._send_all(rows, wanted, refused_by)
+                routes = self._directory.routes()
+                parts = self._send(routes, rows.x_TD, wanted, refused_by) if routes else None
                 if parts is not None:
                     num_rows = sum(len(each.rows_A) for each in wanted)
                     self._metrics.observe_resent(num_rows, time.monotonic() - started)
                     return parts, is_all
-            left_s = started + self._recovery_timeout_s - time.monotonic()
-            if left_s <= 0:
-                raise ExpertsUnavailableError(
-                    f"{cause or f'nobody holds all experts of layer {rows.layer}'}; "
-                    f"no replacement within {self._recovery_timeout_s:.0f} s"
-                ) from cause
-            logger.warning("%s; rows wait, %.1f s at most", cause or "no worker to ask", left_s)
+            left_s = self.patience_s(rows.layer, lost_since, cause)
+            if not has_waited:
+                logger.warning("%s; rows wait, %.1f s at most", cause or "nobody to ask", left_s)
+            has_waited = True
             self._directory.wait_for_change(min(left_s, ASK_AGAIN_S) if refused_by else left_s)
             refused_by.clear()
 
-    def _send_all(
-        self, rows: "RemoteRows", wanted: Sequence[Assignments], refused_by: Collection[WorkerInfo]
-    ) -> list[_Part] | None:
-        """Send all of these or, if some cannot be sent, none."""
-        routes = self._directory.routes()
-        if routes is None or not all(
-            self._options(routes, unit, refused_by) for each in wanted for unit, _ in each.counts
-        ):
-            return None
-        sent: list[_Part] = []
-        for each in wanted:
-            sent += self._send(rows.layer, rows.x_TD, each, refused_by) or []
-        return sent
+    def patience_s(
+        self, layer: int, lost_since: float, cause: ExpertsUnavailableError | None
+    ) -> float:
+        """How much longer rows may wait. Raises ExpertsUnavailableError when it is no longer."""
+        left_s = lost_since + self._recovery_timeout_s - time.monotonic()
+        if left_s <= 0:
+            raise ExpertsUnavailableError(
+                f"{cause or f'nobody holds all experts of layer {layer}'}; "
+                f"no replacement within {self._recovery_timeout_s:.0f} s"
+            ) from cause
+        return left_s
 
     def _send(
         self,
-        layer: int,
+        routes: Routes,
         x_TD: Tensor,
-        assignments: Assignments,
+        wanted: Sequence[Assignments],
         refused_by: Collection[WorkerInfo] = (),
     ) -> list[_Part] | None:
         """Choose copies, split by worker, in ascending order, and send each its part.
 
-        None, and nothing is sent, if there is nobody to ask for some of them.
+        None, and nothing is sent, if there is nobody to ask for some of it.
         """
-        routes = self._directory.routes()
-        assert routes is not None, "dispatch before the first placement"
-        wanted = [
-            (count, self._options(routes, unit, refused_by)) for unit, count in assignments.counts
+        ways = [
+            [(count, routes.options(unit, refused_by)) for unit, count in each.counts]
+            for each in wanted
         ]
-        if not all(found for _, found in wanted):
+        if not all(options for each in ways for _, options in each):
             return None
-        parts = []
-        for worker, mine in split(assignments, choose(wanted)):
-            rows_R, local_A = mine.rows_A.unique(return_inverse=True)
-            call = wire.Call(
-                call_id=self._next_call_id,
-                epoch=routes.placement.epoch,
-                layer=layer,
-                x_RD=x_TD[rows_R],
-                assignments=Assignments(mine.counts, local_A, mine.weights_A),
-            )
-            self._next_call_id += 1
-            stream = routes.streams[worker]
-            now = time.monotonic()
-            overdue_at = now + self._deadline_s(routes, worker, mine)
-            stream.send(call, overdue_at)
-            parts.append(_Part(call, rows_R, mine, stream, now, overdue_at))
-        return parts
+        return [
+            self._send_part(routes, x_TD, worker, mine)
+            for each, options in zip(wanted, ways, strict=True)
+            for worker, mine in split(each, choose(options))
+        ]
 
-    def _copies(self, unit: Unit) -> tuple[int, list[tuple[WorkerInfo, ...]]]:
-        """The epoch, and the workers of each copy of a unit that can be asked."""
-        routes = self._directory.routes()
-        assert routes is not None
-        workers = routes.placement.workers
-        found = routes.options(unit)
-        return routes.placement.epoch, [tuple(workers[n] for n in copy) for copy in found]
-
-    def _options(
-        self, routes: Routes, unit: Unit, refused_by: Collection[WorkerInfo]
-    ) -> list[Copy]:
-        if not refused_by:
-            return routes.options(unit)
-        workers = routes.placement.workers
-        return routes.options_among(
-            unit, [number for number in routes.streams if workers[number] not in refused_by]
+    def _send_part(self, routes: Routes, x_TD: Tensor, worker: int, mine: Assignments) -> _Part:
+        rows_R, local_A = mine.rows_A.unique(return_inverse=True)
+        call = wire.Call(
+            call_id=self._next_call_id,
+            epoch=routes.placement.epoch,
+            layer=mine.counts[0][0].layer,
+            x_RD=x_TD[rows_R],
+            assignments=Assignments(mine.counts, local_A, mine.weights_A),
         )
+        self._next_call_id += 1
+        stream = routes.streams[worker]
+        now = time.monotonic()
+        overdue_at = now + self._deadline_s(routes, worker, mine)
+        stream.send(call, overdue_at)
+        return _Part(call, rows_R, mine, stream, now, overdue_at)
 
     def _deadline_s(self, routes: Routes, worker: int, mine: Assignments) -> float:
         """How long to wait for a worker: short where others could do the same."""
@@ -261,6 +248,7 @@ class RemoteRows:
         lost = [self.assignments] if self.parts is None else []
         cause: ExpertsUnavailableError | None = None
         refused_by: set[WorkerInfo] = set()
+        lost_since = None
         while True:
             for part in parts:
                 phases.enter("transfer")
@@ -280,7 +268,11 @@ class RemoteRows:
                 break
             # Experts keep no state, so twice does no harm.
             phases.enter("packing")
-            parts, is_all = self.experts.send_again(self, lost, refused_by, cause)
+            if lost_since is None:
+                lost_since = time.monotonic()
+            else:  # whoever was asked instead failed, too
+                self.experts.patience_s(self.layer, lost_since, cause)
+            parts, is_all = self.experts.send_again(self, lost, refused_by, cause, lost_since)
             lost = []
             if is_all:
                 sums_TD.zero_()

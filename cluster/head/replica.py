@@ -24,8 +24,8 @@ from cluster.head.build import new_compiler, new_engine
 from cluster.head.cross_check import CrossCheck
 from cluster.head.dispatch import RemoteExperts
 from cluster.head.engine import Engine
+from cluster.head.feed import PlacementFeed
 from cluster.head.probe import pass_through_every_expert
-from cluster.head.routes import PlacementFeed
 from cluster.head.service import HeadService
 from cluster.head.stopwatch import Stopwatch
 from cluster.metrics import HeadMetrics
@@ -54,15 +54,13 @@ class HeadReplica:
         self._controller = controller
         self._report = HeadReport(self._name)
         self._feed = PlacementFeed()
-        self._epoch = 0
+        self._experts: RemoteExperts | None = None
         self._is_stopping = threading.Event()
         self._engine: Engine | None = None
         self._service: HeadService | None = None
         self._server: grpc.Server | None = None
         self._loop = asyncio.get_running_loop()
-        self._follower = asyncio.create_task(
-            follow(controller, self._on_view, lambda: replace(self._report, epoch=self._epoch))
-        )
+        self._follower = asyncio.create_task(follow(controller, self._on_view, self._report_now))
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -102,7 +100,10 @@ class HeadReplica:
     def _on_view(self, view: ClusterView) -> None:
         if view.placement is not None:
             self._feed.put(view.placement)
-            self._epoch = view.placement.epoch  # the engine adopts it before it sends anything
+
+    def _report_now(self) -> HeadReport:
+        epoch = self._experts.epoch if self._experts else None
+        return replace(self._report, epoch=epoch or 0)
 
     def _run(self) -> None:
         """The engine thread's life."""
@@ -133,7 +134,7 @@ class HeadReplica:
         metrics = HeadMetrics()
         fingerprint = rpc.fingerprint(checkpoint.config, config.dtype)
         identity = rpc.Identity(self._name, fingerprint, security)
-        experts = RemoteExperts(
+        self._experts = experts = RemoteExperts(
             self._feed,
             identity,
             timeout_s=config.expert_timeout_s,
@@ -175,11 +176,11 @@ class HeadReplica:
     def _say(self, report: HeadReport) -> None:
         """Tell the controller at once, rather than with the next call of `follow`."""
         self._report = report
-        asyncio.run_coroutine_threadsafe(self._tell(report), self._loop)
+        asyncio.run_coroutine_threadsafe(self._tell(), self._loop)
 
-    async def _tell(self, report: HeadReport) -> None:
+    async def _tell(self) -> None:
         try:
-            await self._controller.watch.remote(-1, replace(report, epoch=self._epoch))
+            await self._controller.watch.remote(-1, self._report_now())
         except Exception as error:
             # `follow` repeats the report with its next call.
             logger.info("%s: the controller did not take the report: %r", self._name, error)

@@ -1,7 +1,6 @@
 """Who can be asked for what now: the placement to go by, who is connected, who is banned."""
 
 import logging
-import threading
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -10,30 +9,12 @@ from cluster import rpc
 from cluster.head.bans import Bans
 from cluster.head.choice import options
 from cluster.head.connections import Connections
+from cluster.head.feed import PlacementFeed
 from cluster.head.stream import WorkerStream
-from cluster.placement import Copy, Placement
+from cluster.placement import Copy, Placement, WorkerInfo
 from model.units import Unit
 
 logger = logging.getLogger(__name__)
-
-
-class PlacementFeed:
-    """The newest placement that this head has heard of. Thread-safe.
-
-    Fed by whoever listens to the controller, read by the engine's thread.
-    """
-
-    def __init__(self) -> None:
-        self.changed = threading.Condition()
-        """Notified with every newer placement."""
-        self.newest: Placement | None = None
-
-    def put(self, placement: Placement) -> None:
-        """Take a placement; an older epoch than the one known is ignored."""
-        with self.changed:
-            if self.newest is None or placement.epoch > self.newest.epoch:
-                self.newest = placement
-                self.changed.notify_all()
 
 
 @dataclass(frozen=True)
@@ -47,8 +28,15 @@ class Routes:
     """Connected workers that are not banned."""
     _found: dict[tuple[Unit, int | None], list[Copy]] = field(default_factory=dict)
 
-    def options(self, unit: Unit) -> list[Copy]:
-        """The ways to have a unit computed; by a banned worker only where nobody else can."""
+    def options(self, unit: Unit, refused_by: Collection[WorkerInfo] = ()) -> list[Copy]:
+        """The ways to have a unit computed; by a banned worker only where nobody else can.
+
+        refused_by: who is not to be asked at all.
+        """
+        if refused_by:
+            workers = self.placement.workers
+            others = [number for number in self.streams if workers[number] not in refused_by]
+            return self.options_among(unit, others)
         found = self._found.get((unit, None))
         if found is None:
             found = self.options_among(unit, self.trusted)
@@ -59,6 +47,13 @@ class Routes:
     def options_among(self, unit: Unit, workers: Collection[int]) -> list[Copy]:
         """The ways to have a unit computed by some workers."""
         return options(unit, self.placement.table[unit.layer][unit.expert_id], workers)
+
+    def copies(self, unit: Unit) -> tuple[int, list[tuple[WorkerInfo, ...]]]:
+        """The epoch, and of each way to have a unit computed the workers."""
+        workers = self.placement.workers
+        return self.placement.epoch, [
+            tuple(workers[number] for number in copy) for copy in self.options(unit)
+        ]
 
     @property
     def num_lacking(self) -> int:
@@ -89,7 +84,7 @@ class Directory:
     def __init__(self, feed: PlacementFeed, identity: rpc.Identity, *, drain_s: float) -> None:
         """drain_s: how long the stream of a worker that is left out may still owe answers."""
         self._feed = feed
-        self._connections = Connections(identity, feed.changed, drain_s=drain_s)
+        self._connections = Connections(identity, feed, drain_s=drain_s)
         self._bans = Bans()
         self._routes: Routes | None = None
         self._seen: tuple[Placement | None, int, frozenset[object]] = (None, -1, frozenset())
@@ -100,7 +95,13 @@ class Directory:
 
     @property
     def epoch(self) -> int | None:
-        """Of the placement that is gone by; None before the first. From any thread."""
+        """Of the placement that the next rows go by; None before the first. From any thread.
+
+        An idle engine asks for no routes: then it is the newest, once its workers are connected.
+        """
+        newest, connected = self._feed.newest, self._connections.streams
+        if newest is not None and all(worker in connected for worker in newest.workers):
+            return newest.epoch
         return self._routes.placement.epoch if self._routes else None
 
     def routes(self) -> Routes | None:

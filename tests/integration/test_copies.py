@@ -14,7 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from cluster import rpc
 from cluster.head.cross_check import CrossCheck
 from cluster.head.dispatch import RemoteExperts
-from cluster.head.routes import PlacementFeed
+from cluster.head.feed import PlacementFeed
 from cluster.metrics import HeadMetrics
 from cluster.placement import Copy, Placement, Table, held_by
 from model import Mixtral

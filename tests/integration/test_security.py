@@ -13,7 +13,7 @@ import pytest
 from cluster import rpc
 from cluster.certs import LIFETIME, Authority, write_certificates
 from cluster.errors import ExpertsUnavailableError, HandshakeError, MaestraleError
-from cluster.head.routes import PlacementFeed
+from cluster.head.feed import PlacementFeed
 from cluster.head.stream import WorkerStream
 from cluster.metrics import ServerMetrics
 from cluster.placement import WorkerInfo

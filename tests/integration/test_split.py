@@ -12,8 +12,8 @@ import transformers
 from cluster import PROTOCOL_VERSION, rpc, wire
 from cluster.errors import ExpertFailedError, ExpertsUnavailableError, HandshakeError
 from cluster.head.dispatch import RemoteExperts
+from cluster.head.feed import PlacementFeed
 from cluster.head.probe import pass_through_every_expert
-from cluster.head.routes import PlacementFeed
 from cluster.head.stream import WorkerStream
 from model import TINY, Mixtral
 from model.experts import Assignments, Experts, LocalExperts

@@ -8,7 +8,7 @@ from cluster import rpc
 from cluster.expert.batcher import Batcher
 from cluster.expert.service import ExpertService
 from cluster.head.dispatch import RemoteExperts
-from cluster.head.routes import PlacementFeed
+from cluster.head.feed import PlacementFeed
 from cluster.metrics import WorkerMetrics
 from cluster.placement import Placement, Table, WorkerInfo
 from cluster.planning import plan

@@ -16,7 +16,7 @@ from cluster.errors import ExpertsUnavailableError
 from cluster.head import connections
 from cluster.head.answer_times import FLOOR_S
 from cluster.head.dispatch import RemoteExperts, RemoteRows
-from cluster.head.routes import PlacementFeed
+from cluster.head.feed import PlacementFeed
 from cluster.placement import Copy, Placement, Table, WorkerInfo
 from cluster.planning import plan
 from cluster.rpc import Identity
@@ -442,6 +442,22 @@ def test_the_only_worker_is_asked_again_until_it_takes_the_call(
         assert workers.num_connects == 1
 
 
+@pytest.mark.parametrize("trouble", ["refuses", "breaks off"])
+def test_a_worker_that_never_takes_the_call_is_given_up(
+    mixtral: Mixtral, weights: Weights, trouble: str
+) -> None:
+    placement = placement_of((copied((0,)),), 1)
+    with remote(mixtral, weights, placement, recovery_timeout_s=0.3) as (experts, workers):
+        worker = workers[placement.workers[0]]
+        if trouble == "refuses":
+            worker.refusals = 10**9
+        else:
+            worker.fail_at = set(range(10**4))
+        with pytest.raises(ExpertsUnavailableError, match=r"told to .*; no replacement"):
+            experts.dispatch(0, *rows_of(mixtral)).wait()
+        assert len(worker.calls) > 1
+
+
 def test_a_worker_is_waited_for_briefly_where_others_could_answer(
     mixtral: Mixtral, weights: Weights
 ) -> None:
@@ -479,6 +495,24 @@ def test_a_placement_is_gone_by_once_its_workers_are_connected(
         assert experts.epoch == 2
         assert [call.epoch for call in workers[fresh].calls] == [2]
         assert dropped.name not in repr(experts)
+
+
+def test_an_idle_head_connects_to_new_workers_and_says_what_it_will_go_by(
+    mixtral: Mixtral, weights: Weights
+) -> None:
+    old = placement_of((copied((0,)),), 1)
+    new = Placement(2, (*old.workers, FRESH), (copied((1,)),))
+    feed = PlacementFeed()
+    with remote(mixtral, weights, old, feed) as (experts, workers):
+        workers.place(new)
+        workers.unreachable = {FRESH}
+        feed.put(new)
+        assert experts.epoch == 1
+        workers.unreachable = set()
+        wait_until(lambda: experts.epoch == 2, feed)
+        assert workers[FRESH].calls == []
+        assert_right(mixtral, experts)
+        assert len(workers[FRESH].calls) == 1
 
 
 def test_a_worker_that_leaves_may_first_answer_what_it_was_asked(
