@@ -85,7 +85,12 @@ def test_a_killed_worker_is_replaced_and_the_stream_goes_on(
                 if index == 5:
                     workers[1].kill()
         assert text == expected
-        until(lambda: client.ready().epoch == epoch + 1, "the placement after the kill")
+
+        def is_whole_again() -> bool:
+            now = client.ready()
+            return now.epoch > epoch and now.phase == "ready" and len(now.workers) == 2
+
+        until(is_whole_again, "the placement after the kill")
 
 
 def test_a_port_in_use_is_said_before_anything_starts() -> None:
