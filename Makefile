@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-PROTOS := protos/peer.proto protos/expert.proto protos/head.proto
+PROTOS := protos/peer.proto protos/expert.proto protos/head.proto protos/maestrale.proto
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -14,7 +14,7 @@ COUNTED := awk '/^Collecting /{printf "\r  %3d packages, now %-40s", ++n, $$2; f
 	/^Installing collected/{printf "\r  %3d packages, installing them %-30s\n", n, ""; fflush()}'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test test-unit test-soak check protos bench bench-peers clean
+.PHONY: help demo serve test test-unit test-soak check wheel protos bench bench-peers clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -35,11 +35,17 @@ test-unit: $(VENV)/.dev  ## Unit tests alone: no network, no Ray, under a minute
 test-soak: $(VENV)/.dev  ## Minutes-long runs, for tests/bench/RESULTS.md
 	$(BIN)/python -m pytest -q -s tests/soak
 
-check: $(VENV)/.dev  ## Lint, format, types, import layers
+check: $(VENV)/.dev  ## Lint, format, types, import layers, deploy files
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+	$(BIN)/python -m pytest -q tests/unit/test_deploy.py
+
+wheel: $(VENV)/.dev  ## Build what deploy/ installs on every node, into deploy/dist
+	@rm -rf build deploy/dist
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir deploy/dist .
+	@cp deploy/constraints.txt deploy/dist/
 
 protos: $(VENV)/.dev  ## Generate the code of protos/*.proto
 	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. $(PROTOS)

@@ -22,9 +22,10 @@ from ray.serve.schema import ApplicationStatus
 from ray.util import list_named_actors
 
 from cluster.client import Client
-from cluster.config import ServeConfig
+from cluster.config import ServeConfig, is_loopback
 from cluster.controller import NAMESPACE, Controller
 from cluster.errors import APIError, ConfigurationError, StartError
+from cluster.ingress.auth import KEYS_VARIABLE, read_api_keys
 from model.config import MixtralConfig
 from model.tokenizer import Tokenizer
 
@@ -67,7 +68,11 @@ def build(config: ServeConfig) -> serve.Application:
         name="HeadReplica",
         num_replicas=config.num_heads,
         max_ongoing_requests=_MANY,
-        ray_actor_options={"num_cpus": config.head_cpus, "num_gpus": config.head_gpus},
+        ray_actor_options={
+            "num_cpus": config.head_cpus,
+            "num_gpus": config.head_gpus,
+            "resources": config.head_resources,
+        },
         health_check_period_s=5,
         graceful_shutdown_timeout_s=20,
     )(HeadReplica).bind(config, controller)
@@ -97,6 +102,21 @@ def check_checkpoint(config: ServeConfig) -> None:
         )
 
 
+def check_access(config: ServeConfig, host: str) -> list[str]:
+    """The API keys, or "" where none is needed.
+
+    Raises ConfigurationError unless there are some, or nobody but this machine can call, or it is
+    said that anybody may. `serve deploy` binds its own host: there the ingress refuses callers.
+    """
+    keys = read_api_keys(config.api_keys_file, os.environ)
+    if not (keys or config.allow_open_http or _is_local(host)):
+        raise ConfigurationError(
+            f"{host} is not loopback, so anybody on the network could use the model: give keys "
+            f"with --api-keys-file or {KEYS_VARIABLE}, or say --allow-open-http"
+        )
+    return keys or [""]
+
+
 @contextmanager
 def running(
     config: ServeConfig,
@@ -115,6 +135,7 @@ def running(
     Raises ConfigurationError or ModelError before anything is started, StartError after.
     """
     check_checkpoint(config)
+    keys = check_access(config, host)
     port = free_port(host) if port == 0 else port
     check_port(host, port)
     on_phase("starting Ray", 0)
@@ -131,7 +152,7 @@ def running(
                 wait_for_ingress_deployment_creation=False,
                 wait_for_applications_running=False,
             )
-            with Client(f"http://{_reachable(host)}:{port}") as client:
+            with Client(f"http://{_reachable(host)}:{port}", api_key=keys[0]) as client:
                 _wait_until_ready(client, on_phase)
                 yield client
         finally:
@@ -147,7 +168,7 @@ def _wait_until_ready(client: Client, on_phase: OnPhase) -> None:
         application = serve.status().applications[APP_NAME]
         has_failed = application.status == ApplicationStatus.DEPLOY_FAILED
         try:
-            readiness = client.ready()
+            readiness = client.cluster.status()
         except APIError as error:
             # the proxy listens before the ingress is there
             if has_failed:
@@ -188,6 +209,14 @@ def free_port(host: str) -> int:
         return port
 
 
+def _is_local(host: str) -> bool:
+    """Whether only this machine can reach a server that is bound to `host`, as far as it shows."""
+    try:
+        return is_loopback(host)
+    except ValueError:
+        return host == "localhost"
+
+
 def _reachable(host: str) -> str:
     """Where to reach a server that is bound to `host`."""
     if host in ("0.0.0.0", ""):
@@ -215,6 +244,7 @@ def _ray(address: str | None, config: ServeConfig, *, verbose: bool) -> Iterator
         ray.init(
             # Ray counts what it is told: as many processes as asked for must fit on this machine
             num_cpus=max(os.cpu_count() or 1, math.ceil(_cpus_wanted(config))),
+            resources=_resources_wanted(config),
             include_dashboard=False,
             log_to_driver=verbose,
             logging_level=logging_level,
@@ -234,6 +264,18 @@ def _ray(address: str | None, config: ServeConfig, *, verbose: bool) -> Iterator
 
 def _cpus_wanted(config: ServeConfig) -> float:
     return config.num_workers * config.worker_cpus + config.num_heads * config.head_cpus
+
+
+def _resources_wanted(config: ServeConfig) -> dict[str, float]:
+    """The custom resources of all heads and workers: on one machine they all are this node's."""
+    wanted: dict[str, float] = {}
+    for each, count in (
+        (config.head_resources, config.num_heads),
+        (config.worker_resources, config.num_workers),
+    ):
+        for name, amount in each.items():
+            wanted[name] = wanted.get(name, 0) + count * amount
+    return wanted
 
 
 def _stop_serving() -> None:

@@ -1,5 +1,6 @@
 """The command line. One verb per function; what needs torch or Ray is imported inside its verb."""
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -8,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-from pydantic import ValidationError
 
 from cluster import log
 from cluster.bench.commands import app as bench
@@ -31,7 +31,7 @@ from cluster.extras import need_server_extra
 from model.errors import ModelError
 
 if TYPE_CHECKING:
-    pass
+    from cluster.configure import Settings
 
 app = typer.Typer(
     help="Serve Mixtral: attention on head replicas, experts on Ray actors, gRPC in between.",
@@ -57,6 +57,14 @@ DType = Annotated[
     str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; the checkpoint's own.")
 ]
 Port = Annotated[int, typer.Option(help="HTTP port; 0 takes a free one.")]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option("--config", help="YAML file of settings; `maestrale config` writes one."),
+]
+Assignments = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Any other setting, as NAME=VALUE; may be given several times."),
+]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show logs and full traces.")]
 
 
@@ -130,22 +138,36 @@ def serve(
     served_model_name: Annotated[
         str | None, typer.Option(help="Model id that requests name; the folder's name.")
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Expert workers.")] = 2,
-    heads: Annotated[int, typer.Option(min=1, help="Head replicas.")] = 1,
+    workers: Annotated[int | None, typer.Option(help="Expert workers; 2.")] = None,
+    heads: Annotated[int | None, typer.Option(help="Head replicas; 1.")] = None,
+    config_file: ConfigFile = None,
+    assignments: Assignments = None,
     host: Annotated[str, typer.Option(help="Address to listen on for HTTP.")] = "127.0.0.1",
     port: Port = 8000,
+    api_keys_file: Annotated[
+        Path | None,
+        typer.Option(help="Keys that callers must show, one a line; or set MAESTRALE_API_KEYS."),
+    ] = None,
+    allow_open_http: Annotated[
+        bool, typer.Option("--allow-open-http", help="Serve a network without keys.")
+    ] = False,
     dtype: DType = None,
     address: Annotated[
         str | None, typer.Option(help="Ray cluster to run on; a Ray of its own if left out.")
     ] = None,
     verbose: Verbose = False,
 ) -> None:
-    """Serve a model over HTTP until interrupted."""
+    """Serve a model over HTTP until interrupted.
+
+    Settings: flags win over MAESTRALE_ variables, these over --config, that over the defaults.
+    """
     log.set_up(verbose=verbose)
     need_server_extra()
     from cluster.app import running
 
-    config = _config(
+    config = _settings(
+        config_file,
+        assignments,
         model=model,
         served_model_name=served_model_name,
         num_workers=workers,
@@ -153,7 +175,9 @@ def serve(
         dtype=dtype,
         expert_quantization=experts,
         attention_quantization=attention_weights,
-    )
+        api_keys_file=api_keys_file,
+        allow_open_http=allow_open_http or None,
+    ).config
     with (
         _stopped_by_signals(),
         running(
@@ -165,10 +189,22 @@ def serve(
             on_phase=ProgressLines().show,
         ) as client,
     ):
-        print_placement(client.ready())
+        print_placement(client.cluster.status())
         console.print(f"Serving {config.model_id()} at {client.base_url}/v1 (Ctrl-C stops)")
         while True:
             signal.pause()
+
+
+@app.command("config")
+def show_config(config_file: ConfigFile = None, assignments: Assignments = None) -> None:
+    """Write every setting with its meaning, unit, bounds and default, as a file for --config.
+
+    The values are those in force: of --config, MAESTRALE_ variables and --set.
+    """
+    need_server_extra()
+    from cluster.configure import as_file
+
+    print(as_file(_settings(config_file, assignments)), end="")
 
 
 @app.command()
@@ -243,29 +279,25 @@ def demo(
     with (
         _stopped_by_signals(),
         running(
-            _config(num_workers=2, dtype=STORY_DTYPE),
+            ServeConfig(num_workers=2, dtype=STORY_DTYPE),
             port=port,
             verbose=verbose,
             on_phase=lines.show,
         ) as client,
     ):
-        print_placement(client.ready())
+        print_placement(client.cluster.status())
         tell_story(client, max_tokens)
-        print_rows(client.metrics())
+        print_rows(client.cluster.metrics())
         lines.line("stopping")
     lines.line("stopped")
 
 
-def _config(**fields: Any) -> ServeConfig:
-    """A ServeConfig, whose validation errors read as one line."""
-    try:
-        return ServeConfig(**fields)
-    except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(str(part) for part in item['loc']) or 'configuration'}: {item['msg']}"
-            for item in error.errors()
-        )
-        raise ConfigurationError(problems) from error
+def _settings(file: Path | None, assigned: list[str] | None, **flags: Any) -> "Settings":
+    """The settings in force. A flag of its own wins over --set."""
+    from cluster.configure import assignments, gather
+
+    given = {name: value for name, value in flags.items() if value is not None}
+    return gather(file=file, environ=os.environ, flags=assignments(assigned or ()) | given)
 
 
 @contextmanager

@@ -1,15 +1,18 @@
 """The service's settings: one frozen object, checked once, passed down as a value.
 
-Serve configuration files give them under `args`, the command line through flags. Unknown keys are
-refused. Nothing below reads the environment.
+Serve configuration files give them under `args`; `maestrale serve` gathers them from a file, the
+environment and flags (`cluster.configure`). Unknown keys are refused. Nothing below reads the
+environment.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
 
 from cluster.schema import MAX_DRAFTS
 from model import TINY
@@ -19,6 +22,17 @@ MIB = 2**20
 GIB = 2**30
 
 Quantization = Literal["nf4", "nf4-double", "int8", "int4"]
+
+
+THE_NODES_OWN = "node"
+"""As a data_plane_host: each process listens on the address by which Ray knows its node."""
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address. Raises ValueError if it is no IP address."""
+    address = ip_address(host)
+    mapped = getattr(address, "ipv4_mapped", None)
+    return bool((mapped or address).is_loopback)
 
 
 @dataclass(frozen=True)
@@ -31,10 +45,25 @@ class Network:
     allow_plaintext: bool = False
 
 
-class ServeConfig(BaseModel):
-    """Everything that `cluster.app.build` must know. Under each field: meaning, unit, reason."""
+def no_such_setting(name: str, known: Iterable[str]) -> str:
+    """What to say of a name that is none of those known: which is nearest."""
+    near = get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]}?" if near else "`maestrale config` lists them all"
+    return f"there is no setting {name}: {hint}"
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+
+def listen_host(data_plane_host: str, node_address: str) -> str:
+    """Where a process listens that runs on the node of this address."""
+    return node_address if data_plane_host == THE_NODES_OWN else data_plane_host
+
+
+class ServeConfig(BaseModel):
+    """Everything that `cluster.app.build` must know. Under each field: meaning, unit, reason.
+
+    The texts under the fields are what `maestrale config` prints.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     model: Path | None = None
     """Checkpoint folder, reachable by this path on every node, or a Hugging Face Hub id, which
@@ -89,6 +118,12 @@ class ServeConfig(BaseModel):
     """GPUs that Ray reserves for a head."""
     head_threads: int = Field(default=1, ge=1)
     """Compute threads of a head on CPU."""
+    worker_resources: dict[str, PositiveFloat] = {}
+    """Ray's custom resources that a worker takes of its node. A name that only the nodes meant for
+    experts offer (maestrale_expert in deploy/) keeps workers there, and makes Ray's autoscaler
+    start nodes of that type. Empty: any node will do."""
+    head_resources: dict[str, PositiveFloat] = {}
+    """The same for a head (maestrale_head in deploy/)."""
 
     max_model_len: int | None = Field(default=None, ge=2)
     """Prompt and completion together, tokens. None: what the model was made for."""
@@ -113,10 +148,24 @@ class ServeConfig(BaseModel):
     """Requests in progress over all ingresses; beyond it a caller gets 429 with Retry-After."""
     max_body_bytes: int = Field(default=4 * MIB, ge=1)
     """Size of a request body, at most."""
+    sse_keep_alive_s: float = Field(default=15.0, gt=0)
+    """Seconds without an event after which a stream carries a comment, so that proxies do not take
+    it for dead. Below the shortest of their usual patience (HAProxy, 50 s) by a good margin."""
+
+    api_keys_file: Path | None = None
+    """File of keys, one a line, `#` begins a comment; callers of the HTTP API must show one, but
+    for /health and /ready. Further keys come from MAESTRALE_API_KEYS, with commas between. Read
+    when an ingress starts, which needs it at this path. None and no such variable: no key is
+    needed, and only callers on loopback are answered."""
+    allow_open_http: bool = False
+    """Without keys, answer anybody who can reach the HTTP port, knowingly."""
+    allowed_origins: tuple[str, ...] = ()
+    """Sites whose pages may call from a browser (CORS), such as https://example.org; `*`: all."""
 
     data_plane_host: str = "127.0.0.1"
-    """Address that heads and workers listen on for gRPC. Other than loopback needs one of the next
-    three."""
+    """Address that heads and workers listen on for gRPC, and by which others reach them. On several
+    hosts it must be `node`: the address by which Ray knows the node a process is on. Other than
+    loopback needs one of the next three."""
     tls_folder: Path | None = None
     """Folder made by `maestrale certs`, for mutual TLS between ingresses, heads and workers. Each
     node needs ca.pem in it, and certificate and key of the roles that run there."""
@@ -134,24 +183,40 @@ class ServeConfig(BaseModel):
     answer, it waits eight times as long as the worker's slowest recent answer to such a call."""
     recovery_timeout_s: float = Field(default=60.0, gt=0)
     """How long rows that no connected worker can compute wait for one that can, seconds."""
+    head_timeout_s: float = Field(default=5.0, ge=2)
+    """How long a head may be silent before an ingress takes it for lost and lets another go on with
+    its requests, seconds. A head that lives says something twice a second. A broken connection is
+    noticed at once, whatever this says."""
+    head_wait_s: float = Field(default=60.0, gt=0)
+    """How long a request waits for a head when there is none, seconds. Above the time that Serve
+    takes to start a head anew."""
     cross_check_share: float = Field(default=0.001, ge=0, le=1)
     """Share of the rows for experts with several copies that a second copy computes as well, beside
     the answers, to find memory or a processor that has gone bad. 0: none."""
     lease_s: float = Field(default=15.0, ge=1)
     """Workers end by themselves when the controller has not renewed their lease for so long."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _check_names(cls, given: Any) -> Any:
+        """Refuse an unknown setting with the nearest there is; pydantic would not suggest any."""
+        for name in given if isinstance(given, dict) else ():
+            if name not in cls.model_fields:
+                raise ValueError(no_such_setting(str(name), cls.model_fields))
+        return given
+
     @model_validator(mode="after")
     def _check_network(self) -> Self:
+        host = self.data_plane_host
         try:
-            is_loopback = ip_address(self.data_plane_host).is_loopback
+            is_safe = host != THE_NODES_OWN and is_loopback(host)
         except ValueError as error:
             raise ValueError(
-                f"data_plane_host {self.data_plane_host!r} is no IP address"
+                f"data_plane_host {host!r} is no IP address, nor {THE_NODES_OWN!r}"
             ) from error
         if self.tls_folder and self.cluster_token:
             raise ValueError("tls_folder and cluster_token exclude each other: TLS does it all")
-        is_safe = is_loopback or self.tls_folder or self.cluster_token
-        if not is_safe and not self.allow_plaintext_network:
+        if not (is_safe or self.tls_folder or self.cluster_token or self.allow_plaintext_network):
             raise ValueError(
                 f"data_plane_host {self.data_plane_host} is not loopback: tokens and activations "
                 "would cross the network in the clear, and anybody could connect. Set tls_folder "

@@ -1,8 +1,9 @@
 """What the command line shows to people: progress, tables, a story. Decides nothing."""
 
 import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from rich.console import Console
 from rich.table import Table
@@ -12,7 +13,7 @@ from cluster.schema import Readiness
 from model.progress import Progress
 
 if TYPE_CHECKING:
-    from cluster.client import Client
+    from cluster.client import Client, Sample
     from model.inspect import Inspection
 
 console = Console(highlight=False, soft_wrap=True)
@@ -21,7 +22,7 @@ errors = Console(highlight=False, soft_wrap=True, stderr=True)
 STORY_PROMPT = "Once upon a time"
 # A story that ends well. In float32 it is the same on every machine.
 STORY_SAMPLING: dict[str, Any] = {"temperature": 0.5, "top_p": 0.95, "seed": 8}
-STORY_DTYPE = "float32"
+STORY_DTYPE: Final = "float32"
 
 
 class BytesLine:
@@ -149,15 +150,12 @@ def tell_story(client: "Client", max_tokens: int) -> None:
     )
 
 
-def print_rows(exposition: str) -> None:
+def print_rows(metrics: Iterable["Sample"]) -> None:
     """Rows that each worker has computed, the probe of every expert included."""
-    from prometheus_client.parser import text_string_to_metric_families
-
     rows: dict[str, int] = {}
-    for family in text_string_to_metric_families(exposition):
-        for sample in family.samples:
-            if sample.name == "maestrale_expert_rows_total":
-                worker = sample.labels["process"]
-                rows[worker] = rows.get(worker, 0) + int(sample.value)
+    for sample in metrics:
+        if sample.name == "maestrale_expert_rows_total":
+            worker = sample.labels["process"]
+            rows[worker] = rows.get(worker, 0) + int(sample.value)
     for worker, count in sorted(rows.items()):
         console.print(f"{worker} computed {count:,} rows")

@@ -217,6 +217,7 @@ class Controller:
                 get_if_exists=True,
                 num_cpus=config.worker_cpus,
                 num_gpus=config.worker_gpus,
+                resources=config.worker_resources,
                 max_concurrency=4,
             )
             .remote(settings)

@@ -12,21 +12,28 @@
     ├── ExpertFailedError         an expert worker says that a call cannot be computed
     ├── BenchError                what a benchmark measures failed, so there is no number
     ├── HeadUnavailableError      no head replica can take or finish a request
+    │   ├── HeadLostError         the stream to the head broke, or fell silent
+    │   ├── HeadDrainsError       the head is about to stop, and another can go on
+    │   └── HeadFailedError       the head says that it could not compute the request
     ├── RequestError              what the ingress answers a caller: HTTP status and OpenAI's body
     └── APIError                  what the SDK raises
-        ├── APIConnectionError    no answer came
+        ├── APIConnectionError    no whole answer came
         │   └── APITimeoutError   ... in time
-        ├── APIResponseError      an answer came that is not what the API promises
+        ├── APIResponseValidationError   an answer came that is not what the API promises
         ├── APIStreamError        the stream said that it failed, or broke off
         └── APIStatusError        the answer was an error; one class per status:
             BadRequestError 400, AuthenticationError 401, PermissionDeniedError 403,
-            NotFoundError 404, RequestTooLargeError 413, UnprocessableEntityError 422,
-            RateLimitError 429, InternalServerError 500 and above
+            NotFoundError 404, ConflictError 409, RequestTooLargeError 413,
+            UnprocessableEntityError 422, RateLimitError 429, InternalServerError 500 and above
 
 The SDK's names are those of the openai package where they mean the same.
 """
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import httpx
 
 
 class MaestraleError(Exception):
@@ -77,6 +84,18 @@ class HeadUnavailableError(MaestraleError):
     """No head replica can take a request, or the one that had it is gone."""
 
 
+class HeadLostError(HeadUnavailableError):
+    """The stream to a head broke or fell silent. Another head can go on with its requests."""
+
+
+class HeadDrainsError(HeadUnavailableError):
+    """A head is about to stop, and there is another that can go on with its requests."""
+
+
+class HeadFailedError(HeadUnavailableError):
+    """A head says that it could not compute a request."""
+
+
 class RequestError(MaestraleError):
     """What the ingress answers a caller instead of a completion.
 
@@ -104,51 +123,54 @@ class RequestError(MaestraleError):
 
 
 class APIError(MaestraleError):
-    """Base of what the SDK raises."""
+    """Base of what the SDK raises. request_id: the server's X-Request-Id, if an answer came."""
 
-    def __init__(self, message: str) -> None:
+    def __init__(self, message: str, *, request_id: str | None = None) -> None:
         super().__init__(message)
         self.message = message
+        self.request_id = request_id
 
 
 class APIConnectionError(APIError):
-    """The server could not be reached, or the connection broke before an answer."""
+    """The server could not be reached, or the connection broke before the whole answer came."""
 
 
 class APITimeoutError(APIConnectionError):
     """No answer within the timeout."""
 
 
-class APIResponseError(APIError):
+class APIResponseValidationError(APIError):
     """An answer that is not what the API promises: something else listens there."""
 
 
 class APIStreamError(APIError):
-    """The stream carried an error event, or ended without its end mark."""
+    """The stream carried an error event, or ended without its end mark and could not go on."""
 
 
 class APIStatusError(APIError):
     """The server answered with an error status.
 
-    kind, param and code are those of OpenAI's error object; request_id is `X-Request-Id`.
+    body is OpenAI's error object, whose type, param and code these are; the whole answer if it
+    held none.
     """
 
     def __init__(
         self,
         message: str,
         *,
-        status_code: int,
-        kind: str | None = None,
+        response: "httpx.Response",
+        body: object,
+        type: str | None = None,
         param: str | None = None,
         code: str | None = None,
-        request_id: str | None = None,
     ) -> None:
-        super().__init__(message)
-        self.status_code = status_code
-        self.kind = kind
+        super().__init__(message, request_id=response.headers.get("x-request-id"))
+        self.response = response
+        self.status_code = response.status_code
+        self.body = body
+        self.type = type
         self.param = param
         self.code = code
-        self.request_id = request_id
 
 
 class BadRequestError(APIStatusError):
@@ -165,6 +187,10 @@ class PermissionDeniedError(APIStatusError):
 
 class NotFoundError(APIStatusError):
     """404"""
+
+
+class ConflictError(APIStatusError):
+    """409"""
 
 
 class RequestTooLargeError(APIStatusError):

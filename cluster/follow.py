@@ -42,6 +42,7 @@ async def follow(
 
     controller: handle of the Controller deployment. head: the report of the caller, if it is one.
     """
+    seen: ClusterView | None = None
     known = 0
     is_away = False
     while True:
@@ -57,6 +58,15 @@ async def follow(
         if is_away:
             logger.warning("the controller answers again")
         is_away = False
-        if view.version != known:
-            known = view.version
+        known = view.version
+        # compared as a whole: a controller that starts anew counts its versions anew
+        if view != seen and not _has_forgotten(view, seen):
+            seen = view
             on_view(view)
+
+
+def _has_forgotten(view: ClusterView, seen: ClusterView | None) -> bool:
+    """Whether a controller has started anew and does not know yet what it had placed: experts once
+    placed stay so, and heads and workers go on by the last placement.
+    """
+    return view.placement is None and seen is not None and seen.placement is not None

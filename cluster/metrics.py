@@ -288,6 +288,17 @@ class IngressMetrics(Registry):
             "maestrale_requests_in_progress", "Completions in progress", registry=self.registry
         )
 
+        self._replays = Counter(
+            "maestrale_replays",
+            "Requests that another head went on with, by what became of the one before",
+            ["cause"],
+            registry=self.registry,
+        )
+
+    def observe_replay(self, cause: str) -> None:
+        """cause: lost, failed or moved."""
+        self._replays.labels(cause).inc()
+
     def observe_request(self, endpoint: str, status: int, seconds: float) -> None:
         self._requests.labels(endpoint, str(status)).inc()
         self._seconds.labels(endpoint).observe(seconds)

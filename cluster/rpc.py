@@ -36,6 +36,9 @@ MAX_STREAMS = 64
 _SHORT_CALLS = 4
 """Handshakes and metrics at a time, beside the streams."""
 
+HEAD_BEAT_S = 0.5
+"""A head says to every ingress at least this often that it is alive, and how busy it is."""
+
 HANDSHAKE_TIMEOUT_S = 10.0
 SCRAPE_TIMEOUT_S = 2.0
 

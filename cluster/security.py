@@ -8,11 +8,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
-from cluster.config import Network
+from cluster.config import Network, is_loopback
 from cluster.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -125,13 +124,6 @@ class Security:
                 f"{host} is not loopback: set tls_folder (see `maestrale certs`), cluster_token, "
                 "or, if that network is yours alone, allow_plaintext_network"
             )
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address is this machine's own. Raises ValueError if it is no IP address."""
-    address = ip_address(host)
-    mapped = getattr(address, "ipv4_mapped", None)
-    return (mapped or address).is_loopback
 
 
 def _read_token(source: Path | Literal["environment"], environ: Mapping[str, str]) -> str:

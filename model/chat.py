@@ -1,9 +1,10 @@
 """A conversation to token ids, segment by segment. No torch, no HTTP.
 
 The checkpoint's own Jinja template decides the form; without one it is Mistral's first instruct
-format. Control tokens are never looked for in the rendered text: the template's begin and end
-tokens are rendered as marks that no message can contain, and what stands between two marks is
-encoded as text. So "</s>" typed by a user stays five characters.
+format. Control tokens are never looked for in the rendered text: those that the template itself
+writes are rendered as marks that no message can contain, and what stands between two marks is
+encoded as text. So "</s>" typed by a user stays five characters, and so does "[INST]" where the
+vocabulary has it as a control token.
 
 Known limit of Mistral's first format: "[INST]" itself is plain text, so a user can write it.
 """
@@ -11,16 +12,19 @@ Known limit of Mistral's first format: "[INST]" itself is plain text, so a user 
 import json
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from model.errors import ConfigError, PromptError
 from model.tokenizer import Tokenizer
+
+CALLS_MARKER = "[TOOL_CALLS]"
+"""What a model of Mistral's writes before its tool calls; a control token where there is one."""
 
 MISTRAL_V1_TEMPLATE = """\
 {%- if messages and messages[0]['role'] == 'system' -%}
@@ -46,12 +50,50 @@ MISTRAL_V1_TEMPLATE = """\
 """Mistral's v1 instruct format; a system message is folded into the first user turn."""
 
 
+RESERVED = frozenset(
+    {"messages", "tools", "add_generation_prompt", "bos_token", "eos_token", "raise_exception"}
+)
+"""Variables of a template that only `ChatFormat.encode` sets."""
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A call that the assistant has asked for."""
+
+    id: str
+    name: str
+    arguments: Mapping[str, Any]
+
+
 @dataclass(frozen=True)
 class Message:
     """One turn of a conversation."""
 
     role: str
-    content: str
+    content: str | None
+    """None only beside tool calls."""
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+    """Of a tool's turn: the call that it answers."""
+    name: str | None = None
+
+    def as_variable(self) -> dict[str, Any]:
+        """What a template sees of it: the dictionary that transformers' templates expect."""
+        turn: dict[str, Any] = {"role": self.role, "content": self.content}
+        if self.tool_calls:
+            turn["tool_calls"] = [
+                {
+                    "type": "function",
+                    "id": call.id,
+                    "function": {"name": call.name, "arguments": call.arguments},
+                }
+                for call in self.tool_calls
+            ]
+        if self.tool_call_id is not None:
+            turn["tool_call_id"] = self.tool_call_id
+        if self.name is not None:
+            turn["name"] = self.name
+        return turn
 
 
 class ChatFormat:
@@ -60,12 +102,29 @@ class ChatFormat:
     def __init__(self, tokenizer: Tokenizer, template: str = MISTRAL_V1_TEMPLATE) -> None:
         """Raises ConfigError when the template does not parse."""
         self._tokenizer = tokenizer
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        # nobody can put into a message what he cannot foresee
+        self._nonce = secrets.token_hex(16)
+        self._mark = re.compile(f"{self._nonce}-([0-9]+)-")
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
         environment.globals["raise_exception"] = _raise_prompt_error
+        environment.filters["tojson"] = _to_json  # jinja's own is for HTML
+        controls = sorted(tokenizer.control_ids, key=len, reverse=True)
+        marked = re.sub(
+            "|".join(map(re.escape, controls)),
+            lambda found: self._mark_of(tokenizer.control_ids[found[0]]),
+            template,
+        )
         try:
-            self._template = environment.from_string(template)
+            variables = meta.find_undeclared_variables(environment.parse(marked))
+            self._template = environment.from_string(marked)
         except TemplateError as error:
             raise ConfigError(f"the chat template does not parse: {error}") from error
+        self.takes_tools = "tools" in variables and CALLS_MARKER in template
+        """Whether the template tells the model of tools, and calls are written as Mistral's are."""
+        self.calls_marker_id = tokenizer.control_ids.get(CALLS_MARKER)
+        """Id of CALLS_MARKER; None where it is plain text."""
 
     @classmethod
     def from_folder(cls, folder: Path, tokenizer: Tokenizer) -> "ChatFormat":
@@ -93,33 +152,74 @@ class ChatFormat:
             raise ConfigError(f"{config_file}: chat_template must be one template, as text")
         return cls(tokenizer, template)
 
-    def encode(self, messages: Sequence[Message]) -> list[int]:
+    def encode(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        calls_tools: bool = False,
+        adds_prompt: bool = True,
+        continues_last: bool = False,
+        variables: Mapping[str, Any] | None = None,
+    ) -> list[int]:
         """Ids of the conversation, ready for the assistant's next words.
+
+        tools:          descriptions for the template, where it `takes_tools`.
+        calls_tools:    end with CALLS_MARKER, so that the next words are tool calls.
+        adds_prompt:    end with what opens the assistant's turn.
+        continues_last: end within the last message, which the assistant's next words continue.
+        variables:      more for the template; none of RESERVED.
 
         Raises PromptError with the rule that the conversation breaks.
         """
         if not messages:
             raise PromptError("messages must hold at least one message")
-        if messages[-1].role == "assistant":
+        if messages[-1].role == "assistant" and adds_prompt:
             raise PromptError("the last message must not be the assistant's")
-        # A fresh mark for every call: nobody can put into a message what he cannot foresee.
-        nonce = secrets.token_hex(16)
-        marks = {f"\x00{nonce}bos\x00": self._tokenizer.bos_id}
-        marks[f"\x00{nonce}eos\x00"] = self._tokenizer.eos_id
-        bos, eos = marks
-        text = self._render(messages, bos_token=bos, eos_token=eos)
+        turns = [message.as_variable() for message in messages]
+        end = f"{self._nonce}-end-"
+        if continues_last:
+            turns[-1]["content"] = (messages[-1].content or "") + end
+        text = self._render(
+            {
+                **(variables or {}),
+                "messages": turns,
+                "tools": list(tools) or None,
+                "add_generation_prompt": adds_prompt,
+                "bos_token": self._mark_of(self._tokenizer.bos_id),
+                "eos_token": self._mark_of(self._tokenizer.eos_id),
+            }
+        )
+        if continues_last:
+            text, found, _ = text.rpartition(end)
+            if not found:
+                raise PromptError("the chat template does not show the last message as it is")
+            text = text.replace(end, "")
+        if calls_tools:
+            marker_id = self.calls_marker_id
+            text += CALLS_MARKER if marker_id is None else self._mark_of(marker_id)
+        return self._encode(text)
+
+    def _mark_of(self, token_id: int) -> str:
+        return f"{self._nonce}-{token_id}-"
+
+    def _encode(self, text: str) -> list[int]:
         ids: list[int] = []
-        for segment in re.split(f"({re.escape(bos)}|{re.escape(eos)})", text):
-            if segment in marks:
-                ids.append(marks[segment])
-            elif segment:
+        for index, part in enumerate(self._mark.split(text)):
+            if index % 2:
+                ids.append(int(part))
+                continue
+            if self._nonce in part:
+                raise PromptError("the chat template has changed a control token")
+            # behind a control token SentencePiece puts the space that templates write there
+            segment = part.removeprefix(" ") if index else part
+            if segment:
                 ids += self._tokenizer.encode(segment)
         return ids
 
-    def _render(self, messages: Sequence[Message], **tokens: str) -> str:
-        turns = [{"role": message.role, "content": message.content} for message in messages]
+    def _render(self, variables: dict[str, Any]) -> str:
         try:
-            return self._template.render(messages=turns, add_generation_prompt=True, **tokens)
+            return self._template.render(variables)
         except PromptError:
             raise  # the template's own words
         except Exception as error:  # a template is a program of others: it may raise anything
@@ -128,3 +228,8 @@ class ChatFormat:
 
 def _raise_prompt_error(message: Any) -> None:
     raise PromptError(str(message))
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
+    """As in transformers' templates: plain JSON, in which text stays as it is."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)

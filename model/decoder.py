@@ -115,6 +115,6 @@ class Decoder:
             final_TD = rms_norm(x_TD, self.weights.final_norm_D, config.rms_norm_eps)
             trace.hidden_states.append(final_TD)
         x_TD = rms_norm(x_TD[batch.logits_rows], self.weights.final_norm_D, config.rms_norm_eps)
-        logits = F.linear(x_TD, self.weights.lm_head_VD).float()
+        logits = linear(x_TD, self.weights.lm_head_VD).float()
         phases.enter("outside")
         return logits

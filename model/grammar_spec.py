@@ -8,7 +8,7 @@ refuse was measured to take seconds, or to overflow the stack.
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from itertools import chain
@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 
 from model.errors import GrammarError
 
-GrammarKind = Literal["json_object", "json_schema", "regex", "choice", "grammar"]
+GrammarKind = Literal["json_object", "json_schema", "regex", "choice", "grammar", "tool_calls"]
 
 MAX_TEXT_BYTES: dict[str, int] = {
     "json_object": 0,
@@ -24,6 +24,7 @@ MAX_TEXT_BYTES: dict[str, int] = {
     "regex": 8_192,
     "choice": 65_536,
     "grammar": 16_384,
+    "tool_calls": 65_536,
 }
 """UTF-8 bytes of a spec's text, by kind."""
 MAX_SCHEMA_DEPTH = 64
@@ -79,6 +80,17 @@ class GrammarSpec:
         """A spec of kind choice."""
         return cls("choice", json.dumps(list(choices)), continues_text)
 
+    @classmethod
+    def for_calls(
+        cls, functions: Sequence[tuple[str, Mapping[str, Any]]], *, only_one: bool
+    ) -> "GrammarSpec":
+        """A spec of kind tool_calls: a JSON list of calls, at least one, after CALLS_MARKER.
+
+        functions: that may be called: the name, and the schema that the arguments must fit.
+        """
+        text = json.dumps({"functions": list(functions), "only_one": only_one}, ensure_ascii=False)
+        return cls("tool_calls", text)
+
 
 def engine_text(spec: GrammarSpec) -> str:
     """The Lark text for `spec`. Raises GrammarError; imports the engine's library."""
@@ -93,11 +105,35 @@ def engine_text(spec: GrammarSpec) -> str:
             return _choice_rule(spec.text)
         case "grammar":
             return f"{_checked_grammar(spec.text)}\n{_OPTIONS}\n"
+        case "tool_calls":
+            return _calls_rules(spec.text)
 
 
 def _json_rule(schema: dict[str, Any]) -> str:
+    return f"start: {_json_atom(schema)}\n{_OPTIONS}\n"
+
+
+def _json_atom(schema: dict[str, Any]) -> str:
     options = {"whitespace_pattern": _WHITESPACE}  # takes the place of the caller's, if any
-    return f"start: %json {json.dumps(schema | {'x-guidance': options})}\n{_OPTIONS}\n"
+    return f"%json {json.dumps(schema | {'x-guidance': options})}"
+
+
+def _calls_rules(text: str) -> str:
+    """A rule per function, so that references within a schema stay within it."""
+    wanted = _parse_json(text)
+    rules, names = [], []
+    for index, (name, schema) in enumerate(wanted["functions"]):
+        opening = json.dumps(f'{{"name": {json.dumps(name)}, "arguments": ')
+        try:
+            arguments = _json_atom(_checked_schema(json.dumps(schema, ensure_ascii=False)))
+        except GrammarError as error:
+            raise GrammarError(f"parameters of {name}: {error}") from error
+        rules.append(f'call_{index}: {opening} arguments_{index} "}}"')
+        rules.append(f"arguments_{index}: {arguments}")
+        names.append(f"call_{index}")
+    more = "" if wanted["only_one"] else '(", " call)*'
+    heads = [f'start: "[" call {more} "]"', f"call: {' | '.join(names)}"]
+    return "\n".join([*heads, *rules, _OPTIONS, ""])
 
 
 def _regex_rule(regex: str) -> str:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.linear import Matrix
+from model.linear import Matrix, widened_linear, widening_pays
 
 INT4_GROUP = 32
 """Inputs of a row that share scale and zero: the smallest that torch's kernel knows, for fidelity.
@@ -20,6 +20,7 @@ _INT4_OUTPUTS = 16  # torch's kernel wants a multiple of it
 # With others torch 2.13's kernel computes nonsense or crashes the process, without a word; measured
 # on AVX2, where 8 was enough.
 _INT8_INPUTS = 32
+_INT8_ROWS_PER_THREAD = 16  # from which on float32 beats torch's int8 kernel; measured on AVX2
 _SMALLEST_SCALE = 1e-8  # of a group or row whose weights are all the same
 _ROWS_AT_ONCE = 256  # bounds what is in 32 bits at once while a matrix is made
 
@@ -83,7 +84,9 @@ class Int8Matrix:
 
     def linear(self, x_RI: Tensor) -> Tensor:
         product_RO: Tensor
-        if self.has_kernel:
+        if widening_pays(x_RI, _INT8_ROWS_PER_THREAD):
+            product_RO = widened_linear(x_RI, len(self.codes_OI), self._wide)
+        elif self.has_kernel:
             # the kernel does not look, and computes nonsense from scales of another dtype
             assert x_RI.dtype == self.scales_O.dtype, f"rows are {x_RI.dtype}"
             product_RO = torch.ops.aten._weight_int8pack_mm(
@@ -92,6 +95,9 @@ class Int8Matrix:
         else:
             product_RO = F.linear(x_RI, self.codes_OI.to(x_RI.dtype)) * self.scales_O.to(x_RI.dtype)
         return product_RO
+
+    def _wide(self, outputs: slice) -> Tensor:
+        return self.codes_OI[outputs].float().mul_(self.scales_O[outputs, None])
 
 
 def _int8_parts(weight_OI: Tensor) -> dict[str, Tensor]:

@@ -33,7 +33,7 @@ class StopMatcher:
             self._held = ""
             self.met = held[start:end]
             return held[: end if self._shows_stop else start], True
-        keep = max((_overlap(held, stop) for stop in self._stop_strings), default=0)
+        keep = max((overlap(held, stop) for stop in self._stop_strings), default=0)
         self._held = held[len(held) - keep :]
         return held[: len(held) - keep], False
 
@@ -87,7 +87,7 @@ class TextOptions:
         return TextStream(tokenizer, self._stop_strings, continues_text=self._continues_text)
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` with which `stop` begins."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if stop.startswith(text[-n:])), 0)

@@ -10,7 +10,7 @@ So a stream can be cut after any token without ever cutting a character.
 import codecs
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,8 @@ class _Vocabulary:
     eos_id: int
     special_ids: frozenset[int]
     """Control tokens and the unknown token."""
+    control_ids: dict[str, int]
+    """Of control tokens, by spelling."""
     encode: Callable[[str], list[int]]
     """Ids of a text alone; control tokens are never looked for in it."""
 
@@ -61,6 +63,8 @@ class Tokenizer:
         self.eos_id: int = vocabulary.eos_id
         self.special_ids: frozenset[int] = vocabulary.special_ids
         """Ids that stand for no text of their own: control tokens and the unknown token."""
+        self.control_ids: Mapping[str, int] = vocabulary.control_ids
+        """Of control tokens, by spelling."""
         self.longest_piece: int = max(len(piece) for piece in vocabulary.pieces)
         """Characters of the longest piece: no text has fewer tokens than its length over this."""
         self._word_starts = frozenset(
@@ -180,6 +184,7 @@ def _read_sentencepiece(file: Path) -> _Vocabulary:
         bos_id=model.bos_id(),
         eos_id=model.eos_id(),
         special_ids=frozenset(i for i in ids if model.is_control(i) or model.is_unknown(i)),
+        control_ids={model.id_to_piece(i): i for i in ids if model.is_control(i)},
         encode=model.encode,
     )
 
@@ -229,7 +234,15 @@ def _read_tokenizer_json(file: Path) -> _Vocabulary:
         return ids
 
     special_ids = frozenset(id_of[piece] for piece in {unknown, *special} if piece in id_of)
-    return _Vocabulary(pieces, tuple(map(bytes_of, pieces)), bos_id, eos_id, special_ids, encode)
+    return _Vocabulary(
+        pieces=pieces,
+        piece_bytes=tuple(map(bytes_of, pieces)),
+        bos_id=bos_id,
+        eos_id=eos_id,
+        special_ids=special_ids,
+        control_ids={piece: special[piece] for piece in special if piece != unknown},
+        encode=encode,
+    )
 
 
 def _spaces_as_in_sentencepiece(content: dict[str, Any]) -> dict[str, Any]:

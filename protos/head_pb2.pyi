@@ -128,10 +128,26 @@ class Grammar(_message.Message):
     def __init__(self, kind: _Optional[str] = ..., text: _Optional[str] = ..., continues_text: _Optional[bool] = ...) -> None: ...
 
 class StepEvents(_message.Message):
-    __slots__ = ("events",)
+    __slots__ = ("events", "load")
     EVENTS_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
     events: _containers.RepeatedCompositeFieldContainer[SequenceEvent]
-    def __init__(self, events: _Optional[_Iterable[_Union[SequenceEvent, _Mapping]]] = ...) -> None: ...
+    load: Load
+    def __init__(self, events: _Optional[_Iterable[_Union[SequenceEvent, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ...) -> None: ...
+
+class Load(_message.Message):
+    __slots__ = ("num_requests", "num_waiting", "num_free_tokens", "num_cache_tokens", "is_draining")
+    NUM_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
+    NUM_FREE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_CACHE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    IS_DRAINING_FIELD_NUMBER: _ClassVar[int]
+    num_requests: int
+    num_waiting: int
+    num_free_tokens: int
+    num_cache_tokens: int
+    is_draining: bool
+    def __init__(self, num_requests: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_free_tokens: _Optional[int] = ..., num_cache_tokens: _Optional[int] = ..., is_draining: _Optional[bool] = ...) -> None: ...
 
 class SequenceEvent(_message.Message):
     __slots__ = ("request_id", "token_ids", "finish", "error", "logprobs", "prompt_logprobs", "num_reused", "scores")

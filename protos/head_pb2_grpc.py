@@ -63,7 +63,8 @@ class HeadServicer:
 
     def Generate(self, request_iterator, context):
         """One stream per ingress, as long as both live; one StepEvents per engine step at most, for all
-        requests of the stream. When the stream ends, its requests are aborted.
+        requests of the stream. When the stream ends, its requests are aborted. A head that has sent
+        nothing for some seconds is lost: it says at once, and then twice a second, how busy it is.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

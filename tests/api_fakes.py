@@ -2,17 +2,20 @@
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from shutil import copyfile
 from typing import Any
 
 import httpx
 import pytest
 
 from cluster.ingress.api import create_app
+from cluster.ingress.auth import ANYBODY, Access
 from cluster.ingress.journal import Journal, News
 from cluster.ingress.prepare import ApiSettings
 from cluster.metrics import IngressMetrics
@@ -194,6 +197,15 @@ class ScriptedEngine:
         return "# every process\n"
 
 
+def tools_folder(tiny_folder: Path, into: Path) -> Path:
+    """The text side of the tiny checkpoint, with a chat template that knows tools."""
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        copyfile(tiny_folder / name, into / name)
+    template = Path(__file__).parent / "data" / "tools_template.jinja"
+    copyfile(template, into / "chat_template.jinja")
+    return into
+
+
 @cache
 def text_side(folder: Path) -> tuple[Tokenizer, ChatFormat]:
     """What a checkpoint knows of text; parsing its template takes longest."""
@@ -217,10 +229,18 @@ class Api:
             max_concurrent_requests=2,
             max_body_bytes=20_000,
         )
+        self.access = ANYBODY
         self.app = self._new_app()
 
     def _new_app(self) -> Any:
-        return create_app(self.engine, self.tokenizer, self._chat, self.settings, self.metrics)
+        return create_app(
+            self.engine, self.tokenizer, self._chat, self.settings, self.metrics, self.access
+        )
+
+    def admit(self, access: Access) -> None:
+        """Start again, for these callers."""
+        self.access = access
+        self.app = self._new_app()
 
     def configure(self, **changes: Any) -> None:
         """Start again with other settings."""
@@ -330,11 +350,27 @@ class Caller:
         }
         self._task = asyncio.create_task(api.app(scope, self._receive, self._send))
 
-    async def until(self, condition: Any) -> None:
-        """Let the app work until something is so."""
-        for _ in range(1_000):
+    @property
+    def bodies(self) -> list[bytes]:
+        """Parts of the reply's body, as they were sent."""
+        return [message["body"] for message in self.sent if "body" in message]
+
+    @property
+    def error(self) -> BaseException | None:
+        """What the app raised at its server; None also before it has ended."""
+        ended = self._task.done() and not self._task.cancelled()
+        return self._task.exception() if ended else None
+
+    async def until(self, condition: Any, *, patience_s: float = 0.0) -> None:
+        """Let the app work until something is so: a thousand turns of the event loop, and, where
+        the app waits for a time to pass, so many seconds.
+        """
+        deadline = time.monotonic() + patience_s
+        num_turns = 0
+        while num_turns < 1_000 or time.monotonic() < deadline:
             if condition():
                 return
+            num_turns += 1
             await asyncio.sleep(0)
         pytest.fail(f"it never came to that; sent so far: {self.sent}")
 

@@ -15,7 +15,6 @@ app = typer.Typer(help="Measure a server, the engine, or one round trip.", no_ar
 DType = Annotated[
     str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own.")
 ]
-Threads = Annotated[int, typer.Option(min=1, help="Compute threads of each process.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write all numbers to this file.")]
 
 
@@ -148,7 +147,10 @@ def engine(
         str | None, typer.Option(help="Quantise experts: nf4, nf4-double, int8 or int4.")
     ] = None,
     dtype: DType = None,
-    threads: Threads = 1,
+    threads: Annotated[int, typer.Option(min=1, help="Compute threads of this process.")] = 1,
+    worker_threads: Annotated[
+        int | None, typer.Option(min=1, help="Compute threads of each worker; as many as here.")
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds, after one that warms up.")] = 5,
     profile: Annotated[
         bool, typer.Option("--profile", help="Show where a step's time goes, by part.")
@@ -171,6 +173,7 @@ def engine(
             dtype=dtype,
             quantization=experts,
             num_threads=threads,
+            worker_threads=worker_threads or threads,
             workers=_integers(workers, least=0),
             sequences=_integers(sequences),
             prefill=_integers(prefill),
@@ -198,7 +201,7 @@ def dispatch(
     hidden: Annotated[int, typer.Option(min=1, help="Values of a row.")] = 4096,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
     transport: Annotated[str, typer.Option(help="tcp, unix, or both.")] = "tcp,unix",
-    threads: Threads = 1,
+    threads: Annotated[int, typer.Option(min=1, help="Compute threads of each process.")] = 1,
     rounds: Annotated[int, typer.Option(min=1, help="Round trips, after 100 more.")] = 1000,
     json_file: Json = None,
 ) -> None:

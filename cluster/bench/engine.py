@@ -46,7 +46,9 @@ class EnginePlan:
     dtype: str | None
     quantization: str | None
     num_threads: int
-    """Of this process, and of each worker."""
+    """Of this process."""
+    worker_threads: int
+    """Of each worker."""
     workers: Sequence[int]
     """Numbers of workers to compare; 0: experts in this process."""
     sequences: Sequence[int]
@@ -207,7 +209,7 @@ def _experts(
         dtype=wanted.dtype,
         quantization=wanted.quantization,
     )
-    with running_workers(makers, num_threads=wanted.num_threads) as workers:
+    with running_workers(makers, num_threads=wanted.worker_threads) as workers:
         experts = connected(
             workers,
             table,

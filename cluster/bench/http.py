@@ -14,7 +14,7 @@ from cluster.bench.report import Point, Run
 from cluster.bench.summary import Limits, Record, summarise
 from cluster.bench.target import Target
 from cluster.bench.workload import Jobs, jobs_from, poisson_arrivals
-from cluster.client.request import settings
+from cluster.client.settings import settings
 from cluster.errors import ConfigurationError
 
 

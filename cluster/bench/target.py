@@ -10,13 +10,13 @@ import httpx
 from cluster.bench.summary import Record
 from cluster.bench.workload import Job
 from cluster.client import failures
+from cluster.client.chunks import END_MARK
 from cluster.client.reply import check_status, is_event_stream
-from cluster.client.request import LIMITS, Settings
+from cluster.client.settings import LIMITS, Settings
 from cluster.client.sse import EventDecoder
-from cluster.client.stream import END_MARK
 from cluster.errors import (
     APIError,
-    APIResponseError,
+    APIResponseValidationError,
     APIStatusError,
     APIStreamError,
     APITimeoutError,
@@ -131,7 +131,9 @@ async def _read(response: httpx.Response, answer: "_Answer") -> None:
             try:
                 answer.take(json.loads(data), now_s)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise APIResponseError(f"unreadable chunk {data[:200]!r}: {error!r}") from error
+                raise APIResponseValidationError(
+                    f"unreadable chunk {data[:200]!r}: {error!r}"
+                ) from error
     raise failures.stream_broke_off(response, len(answer.chunks_s), None)
 
 

@@ -7,11 +7,55 @@
         for chunk in client.chat.completions.create(messages=[...], stream=True):
             ...
 
-Replies are the classes of `cluster.schema`, errors those under `APIError` in `cluster.errors`.
+`AsyncClient` has the same methods for asyncio. Replies are the classes of `cluster.schema`, errors
+those under `APIError`. Names are openai's where they mean the same.
 Needs httpx and pydantic; neither torch, Ray nor gRPC.
 """
 
-from cluster.client.client import Client
-from cluster.client.stream import Stream
+from cluster.client.client import AsyncClient, Client
+from cluster.client.exposition import Sample
+from cluster.client.response import AsyncStreamedResponse, RawResponse, StreamedResponse
+from cluster.client.stream import AsyncStream, Stream
+from cluster.errors import (
+    APIConnectionError,
+    APIError,
+    APIResponseValidationError,
+    APIStatusError,
+    APIStreamError,
+    APITimeoutError,
+    AuthenticationError,
+    BadRequestError,
+    ConflictError,
+    InternalServerError,
+    NotFoundError,
+    PermissionDeniedError,
+    RateLimitError,
+    RequestTooLargeError,
+    UnprocessableEntityError,
+)
 
-__all__ = ["Client", "Stream"]
+__all__ = [
+    "APIConnectionError",
+    "APIError",
+    "APIResponseValidationError",
+    "APIStatusError",
+    "APIStreamError",
+    "APITimeoutError",
+    "AsyncClient",
+    "AsyncStream",
+    "AsyncStreamedResponse",
+    "AuthenticationError",
+    "BadRequestError",
+    "Client",
+    "ConflictError",
+    "InternalServerError",
+    "NotFoundError",
+    "PermissionDeniedError",
+    "RateLimitError",
+    "RawResponse",
+    "RequestTooLargeError",
+    "Sample",
+    "Stream",
+    "StreamedResponse",
+    "UnprocessableEntityError",
+]

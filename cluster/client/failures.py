@@ -4,20 +4,24 @@ The one border between httpx's errors and those of `cluster.errors`. Pure: these
 an error, the caller raises it. For blocking and asynchronous clients alike.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import httpx
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
+from pydantic_core import from_json
 
 from cluster.errors import (
     APIConnectionError,
     APIError,
-    APIResponseError,
+    APIResponseValidationError,
     APIStatusError,
     APIStreamError,
     APITimeoutError,
     AuthenticationError,
     BadRequestError,
+    ConflictError,
     InternalServerError,
     NotFoundError,
     PermissionDeniedError,
@@ -26,14 +30,12 @@ from cluster.errors import (
     UnprocessableEntityError,
 )
 
-JSON: TypeAdapter[Any] = TypeAdapter(Any)
-"""Reads any JSON; unlike the standard library's, a body nested too deep is a ValidationError."""
-
 _BY_STATUS: dict[int, type[APIStatusError]] = {
     400: BadRequestError,
     401: AuthenticationError,
     403: PermissionDeniedError,
     404: NotFoundError,
+    409: ConflictError,
     413: RequestTooLargeError,
     422: UnprocessableEntityError,
     429: RateLimitError,
@@ -60,7 +62,7 @@ def transport_error(error: httpx.RequestError, request: httpx.Request) -> APIErr
     if isinstance(error, httpx.ConnectError | httpx.ProxyError):
         return APIConnectionError(f"no connection to {server} ({_cause(error)}). {_IS_IT_UP}")
     if isinstance(error, httpx.DecodingError):
-        return APIResponseError(
+        return APIResponseValidationError(
             f"{_call(request)}: the body cannot be decoded ({_cause(error)}). {_IS_IT_US}"
         )
     return APIConnectionError(
@@ -69,32 +71,39 @@ def transport_error(error: httpx.RequestError, request: httpx.Request) -> APIErr
     )
 
 
+@contextmanager
+def mapped(request: httpx.Request) -> Iterator[None]:
+    """Around reading an answer: httpx's errors leave as ours."""
+    try:
+        yield
+    except httpx.RequestError as error:
+        raise transport_error(error, request) from error
+
+
 def status_error(response: httpx.Response) -> APIStatusError:
     """An answer with an error status: the server's own words if it sent OpenAI's error object."""
     status = response.status_code
-    try:
-        body = JSON.validate_json(response.content)
-    except ValidationError:
-        body = None
-    fields = error_fields(body.get("error") if isinstance(body, dict) else None)
+    body = any_json(response.content)
+    error = body.get("error") if isinstance(body, dict) else None
+    fields = error_fields(error)
     message = fields["message"] or (
         f"{_call(response.request)} answered {status} {response.reason_phrase} without an error "
         f"object: {_excerpt(response.content)}. {_IS_IT_US}"
     )
     return _BY_STATUS.get(status, InternalServerError if status >= 500 else APIStatusError)(
         message,
-        status_code=status,
-        kind=fields["type"],
+        response=response,
+        body=response.text if body is None else error or body,
+        type=fields["type"],
         param=fields["param"],
         code=fields["code"],
-        request_id=request_id(response),
     )
 
 
-def redirected(response: httpx.Response) -> APIResponseError:
+def redirected(response: httpx.Response) -> APIResponseValidationError:
     """An answer that is neither a success nor an error."""
     leads_to = response.headers.get("location", "nowhere")
-    return APIResponseError(
+    return APIResponseValidationError(
         f"{_call(response.request)} answered {response.status_code}, which leads to {leads_to} and "
         "is not followed: give the final address as base_url"
     )
@@ -102,32 +111,50 @@ def redirected(response: httpx.Response) -> APIResponseError:
 
 def wrong_shape(
     response: httpx.Response, name: str, body: bytes | str, error: ValidationError
-) -> APIResponseError:
+) -> APIResponseValidationError:
     """A body, or an event of a stream, that is no `name`."""
-    return APIResponseError(
+    return APIResponseValidationError(
         f"{_call(response.request)} answered {response.status_code} with what is not a {name} "
-        f"({_first(error)}): {_excerpt(body)}. {_IS_IT_US}"
+        f"({_first(error)}): {_excerpt(body)}. {_IS_IT_US}",
+        request_id=request_id(response),
     )
 
 
-def not_a_stream(response: httpx.Response) -> APIResponseError:
+def no_metrics(response: httpx.Response, error: ValueError) -> APIResponseValidationError:
+    """A success that is no snapshot of metrics, where one was asked for."""
+    return APIResponseValidationError(
+        f"{_call(response.request)} answered {response.status_code} with what are no metrics "
+        f"({error}). {_IS_IT_US}",
+        request_id=request_id(response),
+    )
+
+
+def not_a_stream(response: httpx.Response) -> APIResponseValidationError:
     """A success that is no event stream, where one was asked for."""
     content_type = response.headers.get("content-type", "no content type")
-    return APIResponseError(
+    return APIResponseValidationError(
         f"{_call(response.request)} answered {response.status_code} with {content_type} where an "
-        f"event stream was asked for: {_excerpt(response.content)}. {_IS_IT_US}"
+        f"event stream was asked for: {_excerpt(response.content)}. {_IS_IT_US}",
+        request_id=request_id(response),
     )
 
 
-def stream_failed(error: Any) -> APIStreamError:
+def stream_failed(error: Any, request_id: str | None = None) -> APIStreamError:
     """The error object of an event."""
-    return APIStreamError(error_fields(error)["message"] or f"the stream failed: {error}")
+    message = error_fields(error)["message"] or f"the stream failed: {error}"
+    return APIStreamError(message, request_id=request_id)
 
 
 def stream_broke_off(
-    response: httpx.Response, num_chunks: int, error: httpx.RequestError | None
+    response: httpx.Response,
+    num_chunks: int,
+    error: httpx.RequestError | None,
+    why_not_resumed: str | None = None,
 ) -> APIStreamError:
-    """A stream that stopped before its end mark, by `error` if there is one."""
+    """A stream that stopped before its end mark, by `error` if there is one.
+
+    why_not_resumed: what came of going on with it.
+    """
     if error is None:
         how = "the connection was closed"
     elif isinstance(error, httpx.TimeoutException):
@@ -137,12 +164,31 @@ def stream_broke_off(
     return APIStreamError(
         f"{_call(response.request)} (request id {request_id(response) or 'unknown'}) broke off "
         f"before [DONE], after {num_chunks} chunks: {how}. What came is not the whole completion"
+        + (f", and it could not go on: {why_not_resumed}" if why_not_resumed else ""),
+        request_id=request_id(response),
+    )
+
+
+def not_resumed(response: httpx.Response) -> APIStreamError:
+    """A server that answers a request to go on with a stream as if it were a new one."""
+    return APIStreamError(
+        f"{_call(response.request)}: the server does not know how to go on with a stream that "
+        "broke off, and would begin anew. What came is not the whole completion",
+        request_id=request_id(response),
     )
 
 
 def request_id(response: httpx.Response) -> str | None:
     value: str | None = response.headers.get("x-request-id")
     return value
+
+
+def any_json(body: bytes | str) -> Any:
+    """What a body holds, or None. Unlike the standard library's reader, no depth breaks this."""
+    try:
+        return from_json(body)
+    except ValueError:
+        return None
 
 
 def error_fields(error: Any) -> dict[str, str | None]:

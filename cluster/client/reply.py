@@ -9,7 +9,7 @@ import httpx
 from pydantic import ValidationError
 
 from cluster.client import failures
-from cluster.errors import APIResponseError
+from cluster.errors import APIResponseValidationError
 from cluster.schema import Readiness, Reply
 
 ReplyT = TypeVar("ReplyT", bound=Reply)
@@ -22,17 +22,24 @@ def is_event_stream(response: httpx.Response) -> bool:
 
 
 def check_status(response: httpx.Response) -> None:
-    """Raise APIStatusError for an error status, APIResponseError for a redirect."""
+    """Raise APIStatusError for an error status, APIResponseValidationError for a redirect."""
     if response.is_error:
         raise failures.status_error(response)
     if not response.is_success:
         raise failures.redirected(response)
 
 
+def check_stream(response: httpx.Response) -> None:
+    """Raise as `check_status` does, and APIResponseValidationError for what is no event stream."""
+    if not is_event_stream(response):
+        check_status(response)
+        raise failures.not_a_stream(response)
+
+
 def read_reply(response: httpx.Response, reply: type[ReplyT]) -> ReplyT:
     """The body as the class it should be.
 
-    Raises as `check_status` does, and APIResponseError for a body of another shape.
+    Raises as `check_status` does, and APIResponseValidationError for a body of another shape.
     """
     check_status(response)
     return _parse(response, reply)
@@ -48,26 +55,31 @@ def read_readiness(response: httpx.Response) -> Readiness:
         return read_reply(response, Readiness)
     try:
         return _parse(response, Readiness)
-    except APIResponseError as error:
+    except APIResponseValidationError as error:
         raise failures.status_error(response) from error
 
 
 def read_chunk(response: httpx.Response, data: str, reply: type[ReplyT]) -> ReplyT:
     """The data of one event of a stream.
 
-    Raises APIStreamError if it carries an error, APIResponseError if it is of another shape.
+    Raises APIStreamError if it carries an error, APIResponseValidationError if it is of another
+    shape.
     """
     try:
-        chunk = failures.JSON.validate_json(data)
-        if isinstance(chunk, dict) and (error := chunk.get("error")):
-            raise failures.stream_failed(error)
-        return reply.model_validate(chunk)
-    except ValidationError as error:
-        raise failures.wrong_shape(response, reply.__name__, data, error) from error
+        chunk = reply.model_validate_json(data)
+    except ValidationError as invalid:
+        told = failures.any_json(data)
+        if isinstance(told, dict) and (error := told.get("error")):
+            raise failures.stream_failed(error, failures.request_id(response)) from None
+        raise failures.wrong_shape(response, reply.__name__, data, invalid) from invalid
+    chunk._request_id = failures.request_id(response)
+    return chunk
 
 
 def _parse(response: httpx.Response, reply: type[ReplyT]) -> ReplyT:
     try:
-        return reply.model_validate_json(response.content)
+        parsed = reply.model_validate_json(response.content)
     except ValidationError as error:
         raise failures.wrong_shape(response, reply.__name__, response.content, error) from error
+    parsed._request_id = failures.request_id(response)
+    return parsed

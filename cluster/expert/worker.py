@@ -13,9 +13,10 @@ from pathlib import Path
 
 import ray
 import torch
+from ray.util import get_node_ip_address
 
 from cluster import rpc
-from cluster.config import Network
+from cluster.config import Network, listen_host
 from cluster.expert.batcher import Batcher
 from cluster.expert.loader import Loader
 from cluster.expert.service import ExpertService
@@ -81,7 +82,9 @@ class ExpertWorker:
             self._loader.drop_if_damaged,
         )
         self._server, self._address = rpc.new_server(
-            settings.network.host, security, metrics.observe_refusal
+            listen_host(settings.network.host, get_node_ip_address()),
+            security,
+            metrics.observe_refusal,
         )
         self._service.add_to(self._server)
         self._server.start()

@@ -58,6 +58,21 @@ class Event:
     is_refusal: bool = False
 
 
+@dataclass(frozen=True)
+class Load:
+    """How busy an engine is.
+
+    num_requests:     that it has taken and not ended.
+    num_waiting:      of those, not admitted yet.
+    num_free_tokens:  for which the KV cache has room, out of num_cache_tokens.
+    """
+
+    num_requests: int
+    num_waiting: int
+    num_free_tokens: int
+    num_cache_tokens: int
+
+
 class Outbox(Protocol):
     """Where the events of some requests go. Called from the engine's thread; must not block."""
 
@@ -119,6 +134,17 @@ class Engine:
 
     def __repr__(self) -> str:
         return f"Engine({self._scheduler})"
+
+    @property
+    def load(self) -> Load:
+        """How busy it is. May be read from any thread, and is then of a moment ago."""
+        scheduler, pool = self._scheduler, self._scheduler.pool
+        return Load(
+            num_requests=len(self._requests),
+            num_waiting=len(scheduler.waiting),
+            num_free_tokens=pool.num_free * pool.block_size,
+            num_cache_tokens=pool.num_blocks * pool.block_size,
+        )
 
     def submit(self, outbox: Outbox, key: RequestKey, sequence: Sequence) -> None:
         """Take a request. Its events, a refusal included, go to `outbox`."""

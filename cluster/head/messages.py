@@ -5,7 +5,7 @@ from collections.abc import Sequence as Many
 
 from cluster.head.classification import Classification
 from cluster.head.drafts import LookupDrafter
-from cluster.head.engine import Event
+from cluster.head.engine import Event, Load
 from cluster.head.sequence import Sequence
 from model.grammar_spec import GrammarSpec
 from model.sampling_params import SamplingParams, TokenLogprobs
@@ -47,6 +47,17 @@ def to_spec(submit: head_pb2.Submit) -> GrammarSpec | None:
 def to_step_events(events: Many[Event]) -> head_pb2.StepEvents:
     """The news of one step for one ingress."""
     return head_pb2.StepEvents(events=[_to_sequence_event(event) for event in events])
+
+
+def to_load(load: Load, *, is_draining: bool) -> head_pb2.Load:
+    """How busy this head is, for the ingresses."""
+    return head_pb2.Load(
+        num_requests=load.num_requests,
+        num_waiting=load.num_waiting,
+        num_free_tokens=load.num_free_tokens,
+        num_cache_tokens=load.num_cache_tokens,
+        is_draining=is_draining,
+    )
 
 
 def _to_params(params: head_pb2.SamplingParams) -> SamplingParams:

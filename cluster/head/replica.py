@@ -8,15 +8,17 @@ import asyncio
 import logging
 import os
 import threading
+import time
 from dataclasses import replace
 from typing import Any
 
 import grpc
 import torch
 from ray import serve
+from ray.util import get_node_ip_address
 
 from cluster import rpc
-from cluster.config import ServeConfig
+from cluster.config import ServeConfig, listen_host
 from cluster.follow import HeadReport, follow
 from cluster.head.build import new_compiler, new_engine
 from cluster.head.cross_check import CrossCheck
@@ -35,6 +37,10 @@ from protos import head_pb2_grpc
 
 logger = logging.getLogger(__name__)
 
+DRAIN_S = 12.0
+"""How long a head that Serve stops goes on with what no other head takes. Serve kills it after 20 s
+(app.py), and has waited 2 s before it says so."""
+
 STOP_GRACE_S = 2.0
 
 
@@ -51,6 +57,7 @@ class HeadReplica:
         self._epoch = 0
         self._is_stopping = threading.Event()
         self._engine: Engine | None = None
+        self._service: HeadService | None = None
         self._server: grpc.Server | None = None
         self._loop = asyncio.get_running_loop()
         self._follower = asyncio.create_task(
@@ -68,14 +75,29 @@ class HeadReplica:
             raise RuntimeError(self._report.error)
 
     async def __del__(self) -> None:
-        """Called by Serve before it ends the replica."""
+        """Called by Serve before it ends the replica: let others take its requests, then stop."""
         self._is_stopping.set()
+        if self._engine is not None and self._service is not None:
+            self._say(HeadReport(self._name))  # without an address: not to be chosen any more
+            self._service.drain()
+            await self._drained(self._engine)
         self._follower.cancel()
+        if self._server is not None:
+            # before the engine: whoever has requests here must see a broken stream, which is
+            # replayed, and not their errors
+            await asyncio.to_thread(self._server.stop(0).wait, STOP_GRACE_S)
         if self._engine is not None:
             self._engine.stop()
-        if self._server is not None:
-            self._server.stop(STOP_GRACE_S)
         await asyncio.to_thread(self._thread.join, 2 * STOP_GRACE_S)
+
+    async def _drained(self, engine: Engine) -> None:
+        """Return when the engine has no request left, or has had its time."""
+        deadline = time.monotonic() + DRAIN_S
+        while (num_left := engine.load.num_requests) and self._thread.is_alive():
+            if time.monotonic() > deadline:
+                logger.warning("%s: stops with %d requests in progress", self._name, num_left)
+                return
+            await asyncio.sleep(0.05)
 
     def _on_view(self, view: ClusterView) -> None:
         if view.placement is not None:
@@ -127,16 +149,20 @@ class HeadReplica:
             pass_through_every_expert(decoder, experts)
             grammars = new_compiler(checkpoint)
             self._engine = new_engine(config, decoder, experts, metrics, grammars, stopwatch)
-            service = HeadService(self._engine, identity, metrics, grammars)
+            self._service = HeadService(self._engine, identity, metrics, grammars)
             self._server, address = rpc.new_server(
-                config.data_plane_host, security, metrics.observe_refusal
+                listen_host(config.data_plane_host, get_node_ip_address()),
+                security,
+                metrics.observe_refusal,
             )
-            head_pb2_grpc.add_HeadServicer_to_server(service, self._server)
+            head_pb2_grpc.add_HeadServicer_to_server(self._service, self._server)
             self._server.start()
             self._say(HeadReport(self._name, address=address))
             logger.info("%s: ready at %s with %s", self._name, address, self._engine)
             self._engine.run()
         finally:
+            if self._server is not None:
+                self._server.stop(0)  # nobody computes any more: let requests go elsewhere at once
             experts.close()
 
     def _new_cross_check(self, identity: rpc.Identity, metrics: HeadMetrics) -> CrossCheck | None:

@@ -6,6 +6,7 @@ Token ids only; no text. Threads: two per ingress, one that reads its stream and
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Many
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ import grpc
 
 from cluster import rpc
 from cluster.head.engine import Engine, Event
-from cluster.head.messages import to_sequence, to_spec, to_step_events
+from cluster.head.messages import to_load, to_sequence, to_spec, to_step_events
 from cluster.head.sequence import Sequence
 from cluster.metrics import HeadMetrics
 from model.errors import GrammarError, SamplingError
@@ -31,21 +32,40 @@ _COMPILING_THREADS = 2
 class StreamOutbox:
     """Events on their way to one ingress. The engine puts, the stream's thread iterates.
 
-    The messages are built by the iterating thread, beside the engine's next step.
+    The messages are built by the iterating thread, beside the engine's next step. The first one
+    says how busy the head is, and then one every HEAD_BEAT_S, be there events or not.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, load: Callable[[], head_pb2.Load]) -> None:
+        self._load = load
         self._batches: queue.SimpleQueue[Many[Event] | None] = queue.SimpleQueue()
 
     def put(self, events: Many[Event]) -> None:
         self._batches.put(events)
+
+    def beat(self) -> None:
+        """Say at once how busy the head is."""
+        self._batches.put(())
 
     def close(self) -> None:
         """End the iteration."""
         self._batches.put(None)
 
     def __iter__(self) -> Iterator[head_pb2.StepEvents]:
-        return map(to_step_events, iter(self._batches.get, None))
+        beat_at = time.monotonic()
+        while True:
+            try:
+                events = self._batches.get(timeout=max(0.0, beat_at - time.monotonic()))
+            except queue.Empty:
+                events = ()
+            if events is None:
+                return
+            message = to_step_events(events)
+            now = time.monotonic()
+            if not events or now >= beat_at:
+                message.load.CopyFrom(self._load())
+                beat_at = now + rpc.HEAD_BEAT_S
+            yield message
 
 
 class _Compiling:
@@ -97,6 +117,14 @@ class HeadService(head_pb2_grpc.HeadServicer):
         self._compilers = ThreadPoolExecutor(_COMPILING_THREADS, thread_name_prefix="grammars")
         self._identity = identity
         self._metrics = metrics
+        self._outboxes: set[StreamOutbox] = set()
+        self._is_draining = False
+
+    def drain(self) -> None:
+        """Tell all ingresses to take their requests elsewhere. What stays is still computed."""
+        self._is_draining = True
+        for outbox in list(self._outboxes):
+            outbox.beat()
 
     def Hello(  # noqa: N802  (gRPC's names)
         self, request: peer_pb2.HelloRequest, context: grpc.ServicerContext
@@ -112,7 +140,7 @@ class HeadService(head_pb2_grpc.HeadServicer):
         self, requests: Iterator[head_pb2.HeadRequest], context: grpc.ServicerContext
     ) -> Iterator[head_pb2.StepEvents]:
         peer = context.peer()
-        outbox, compiling = StreamOutbox(), _Compiling()
+        outbox, compiling = StreamOutbox(self._load), _Compiling()
         if not context.add_callback(outbox.close):
             return
         reader = threading.Thread(
@@ -121,14 +149,19 @@ class HeadService(head_pb2_grpc.HeadServicer):
             name="ingress reader",
             daemon=True,
         )
+        self._outboxes.add(outbox)
         reader.start()
         logger.info("%s: ingress %s connected", self._identity.name, peer)
         try:
             yield from outbox
         finally:
+            self._outboxes.discard(outbox)
             compiling.clear()
             self._engine.abort(outbox)
             logger.info("%s: ingress %s is gone", self._identity.name, peer)
+
+    def _load(self) -> head_pb2.Load:
+        return to_load(self._engine.load, is_draining=self._is_draining)
 
     def _read(
         self,

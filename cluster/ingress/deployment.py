@@ -14,6 +14,7 @@ from cluster import rpc
 from cluster.config import ServeConfig
 from cluster.follow import follow
 from cluster.ingress.api import create_app
+from cluster.ingress.auth import Access, read_api_keys
 from cluster.ingress.heads import HeadPool
 from cluster.ingress.journal import Journal
 from cluster.ingress.prepare import ApiSettings
@@ -50,7 +51,17 @@ class Ingress:
         security = Security.load(config.network, "ingress", os.environ)
         identity = rpc.Identity(name, rpc.fingerprint(model, config.dtype), security)
         self._app = create_app(
-            Cluster(controller, HeadPool(identity), metrics, identity),
+            Cluster(
+                controller,
+                HeadPool(
+                    identity,
+                    metrics,
+                    silent_after_s=config.head_timeout_s,
+                    wait_s=config.head_wait_s,
+                ),
+                metrics,
+                identity,
+            ),
             tokenizer,
             ChatFormat.from_folder(folder, tokenizer),
             ApiSettings(
@@ -65,8 +76,14 @@ class Ingress:
                 num_drafts=config.num_drafts,
                 max_concurrent_requests=-(-config.max_concurrent_requests // config.num_ingresses),
                 max_body_bytes=config.max_body_bytes,
+                sse_keep_alive_s=config.sse_keep_alive_s,
             ),
             metrics,
+            Access.with_keys(
+                read_api_keys(config.api_keys_file, os.environ),
+                allow_open=config.allow_open_http,
+                allowed_origins=config.allowed_origins,
+            ),
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -113,14 +130,18 @@ class Cluster:
                 heads_expected=0,
                 workers=[],
             )
-        placement = view.placement
+        placement, num_ready = view.placement, self._heads.num_ready
+        is_ready = placement is not None and num_ready > 0
+        phase = view.phase
+        if view.is_ready and not is_ready:
+            phase = "waiting for a head replica"  # which the controller still, or only, knows
         return Readiness(
-            ready=view.is_ready,
-            phase=view.phase,
+            ready=is_ready,
+            phase=phase,
             percent=view.percent,
             error=view.error,
             epoch=placement.epoch if placement else 0,
-            heads_ready=len(view.heads),
+            heads_ready=num_ready,
             heads_expected=view.heads_expected,
             workers=[
                 WorkerStatus(

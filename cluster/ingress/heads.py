@@ -1,181 +1,217 @@
-"""The ingress's side of the streams to the heads. Owned by the event loop; no text, no HTTP."""
+"""All heads as an ingress sees them: chooses one for a request, and another when that one is lost.
+
+A request is a journal; another head takes what was emitted for known and goes on with the next
+token, which is the same there. So a stream goes on without a gap, a repeat or an error. Owned by
+the event loop; no text, no HTTP.
+"""
 
 import asyncio
-import itertools
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing
-
-import grpc
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from functools import partial
 
 from cluster import rpc
-from cluster.errors import HandshakeError, HeadUnavailableError, RequestError
+from cluster.errors import HeadUnavailableError
+from cluster.ingress.choice import block_keys, cost
+from cluster.ingress.connection import HeadConnection, OpenChannel
 from cluster.ingress.journal import Journal
-from cluster.ingress.messages import to_classify, to_news, to_submit
+from cluster.ingress.tries import Tries
+from cluster.metrics import IngressMetrics
 from cluster.placement import HeadInfo
-from protos import head_pb2, head_pb2_grpc
 
 logger = logging.getLogger(__name__)
 
-
-class HeadConnection:
-    """One stream to one head, for all requests that this ingress sends there."""
-
-    def __init__(self, head: HeadInfo, identity: rpc.Identity) -> None:
-        """Starts connecting; must be created on the event loop."""
-        self.head = head
-        self.is_broken = False
-        self._identity = identity
-        self._channel = rpc.new_aio_channel(head.address, identity.security, "head")
-        self._stub = head_pb2_grpc.HeadStub(self._channel)
-        self._outgoing: asyncio.Queue[head_pb2.HeadRequest] = asyncio.Queue()
-        self._events: dict[int, asyncio.Queue[head_pb2.SequenceEvent | HeadUnavailableError]] = {}
-        self._ids = itertools.count(1)
-        self._reader = asyncio.create_task(self._read())
-
-    def __repr__(self) -> str:
-        return f"HeadConnection({self.head.name}, {self.num_open} open)"
-
-    @property
-    def num_open(self) -> int:
-        """Requests in progress there."""
-        return len(self._events)
-
-    async def generate(self, journal: Journal) -> AsyncGenerator[tuple[int, ...], None]:
-        """Run a journal on this head from where it stands; yields and records new ids.
-
-        Closing the iterator aborts the request at the head.
-        Raises HeadUnavailableError when the head is lost or fails, RequestError when it refuses.
-        """
-        request_id = next(self._ids)
-        async with aclosing(self._run(request_id, to_submit(request_id, journal))) as events:
-            async for event in events:
-                news = to_news(event)
-                journal.record(news)
-                yield news.token_ids
-
-    async def classify(self, prompt_ids: Sequence[int], client: str) -> tuple[float, ...]:
-        """Logits of a prompt on this head, one for each label. Cancelling aborts it there.
-
-        Raises as `generate` does.
-        """
-        request_id = next(self._ids)
-        request = to_classify(request_id, prompt_ids, client)
-        async with aclosing(self._run(request_id, request)) as events:
-            return tuple((await anext(events)).scores)
-
-    async def _run(
-        self, request_id: int, submit: head_pb2.HeadRequest
-    ) -> AsyncGenerator[head_pb2.SequenceEvent, None]:
-        """Submit a request; yields its events up to its end. Closing before that aborts it."""
-        if self.is_broken:
-            raise HeadUnavailableError(f"{self.head.name} is gone")
-        arrived = self._events[request_id] = asyncio.Queue()
-        self._outgoing.put_nowait(submit)
-        has_ended = False
-        try:
-            while not has_ended:
-                event = await arrived.get()
-                if isinstance(event, HeadUnavailableError):
-                    raise event
-                has_ended = event.finish != head_pb2.FINISH_NONE
-                if event.finish == head_pb2.FINISH_INVALID:
-                    raise RequestError(400, event.error)
-                if event.finish == head_pb2.FINISH_ERROR:
-                    raise HeadUnavailableError(f"{self.head.name}: {event.error}")
-                yield event
-        finally:
-            del self._events[request_id]
-            if not has_ended and not self.is_broken:
-                abort = head_pb2.Abort(request_id=request_id)
-                self._outgoing.put_nowait(head_pb2.HeadRequest(abort=abort))
-
-    async def close(self) -> None:
-        self._reader.cancel()
-        await asyncio.gather(self._reader, return_exceptions=True)
-        await self._channel.close()
-
-    async def _read(self) -> None:
-        """Shake hands, then pass each event to the request it belongs to."""
-        reason = "the stream has ended"
-        try:
-            reply = await self._stub.Hello(self._identity.hello(), timeout=rpc.HANDSHAKE_TIMEOUT_S)
-            self._identity.check(reply)
-            async for step in self._stub.Generate(self._requests()):
-                for event in step.events:
-                    if event.request_id in self._events:  # else aborted meanwhile
-                        self._events[event.request_id].put_nowait(event)
-        except grpc.RpcError as error:
-            reason = rpc.describe(error)
-        except HandshakeError as error:
-            reason = str(error)
-        finally:
-            self.is_broken = True
-            lost = HeadUnavailableError(f"{self.head.name} at {self.head.address}: {reason}")
-            for events in self._events.values():
-                events.put_nowait(lost)
-        logger.warning("%s", lost)
-
-    async def _requests(self) -> AsyncIterator[head_pb2.HeadRequest]:
-        while True:
-            yield await self._outgoing.get()
+REST_S = 0.2
+"""Pause before a head is called again whose stream broke."""
 
 
 class HeadPool:
-    """Connections to all heads that take requests. Owned by the event loop."""
+    """Connections to all heads. Owned by the event loop."""
 
-    def __init__(self, identity: rpc.Identity) -> None:
+    def __init__(
+        self,
+        identity: rpc.Identity,
+        metrics: IngressMetrics,
+        *,
+        silent_after_s: float,
+        wait_s: float,
+        open_channel: OpenChannel | None = None,
+    ) -> None:
+        """silent_after_s: from which silence of a head on it counts as lost.
+        wait_s: how long a request waits for a head when there is none.
+        """
         self._identity = identity
+        self._metrics = metrics
+        self._silent_after_s = silent_after_s
+        self._wait_s = wait_s
+        self._open_channel = open_channel or partial(
+            rpc.new_aio_channel, security=identity.security, to="head"
+        )
         self._heads: Sequence[HeadInfo] = ()
         self._connections: dict[HeadInfo, HeadConnection] = {}
+        self._resting: set[HeadInfo] = set()
+        """Not to be called again just yet."""
         self._closing: set[asyncio.Task[None]] = set()
+        self._is_closed = False
+        self._num_waiting = 0
+        self._changed = asyncio.Event()
+        self._one_suspect = asyncio.Lock()
 
     def __repr__(self) -> str:
-        return f"HeadPool({list(self._connections.values())})"
+        return f"HeadPool({list(self._connections.values())}, {self._num_waiting} waiting)"
+
+    @property
+    def num_ready(self) -> int:
+        """Heads that take requests now."""
+        return sum(connection.takes_requests for connection in self._connections.values())
 
     def update(self, heads: Sequence[HeadInfo]) -> None:
         """Take note of the heads that there are now, and connect to new ones."""
         self._heads = heads
         self._refresh()
 
-    def generate(self, journal: Journal) -> AsyncGenerator[tuple[int, ...], None]:
-        """Run a journal on the head with the fewest open requests; see HeadConnection.
+    async def generate(self, journal: Journal) -> AsyncGenerator[tuple[int, ...], None]:
+        """Run a journal to its end, on as many heads as it takes; yields and records new ids.
 
-        Raises HeadUnavailableError when there is no head.
+        Closing the iterator aborts it.
+        Raises RequestError when a head refuses it; HeadUnavailableError when there is no head in
+        time, or when it must not be tried again (`tries.py`).
         """
-        return self._least_busy().generate(journal)
+        tries = Tries()
+        while True:
+            async with self._probation(tries) as probation:
+                head = await self._chosen(journal.known_ids, journal.cache_salt, tries)
+                try:
+                    async with aclosing(head.generate(journal)) as batches:
+                        async for token_ids in batches:
+                            if tries.is_suspect:
+                                await probation.aclose()
+                            tries.progress()
+                            yield token_ids
+                    return
+                except HeadUnavailableError as error:
+                    self._again_after(error, head, tries)
+                finally:
+                    self._remember(head, journal)
 
     async def classify(self, prompt_ids: Sequence[int], client: str) -> tuple[float, ...]:
-        """Logits of a prompt, computed on that head; see HeadConnection.
+        """Logits of a prompt, one for each label. Cancelling aborts it.
 
-        Raises HeadUnavailableError when there is no head.
+        Raises as `generate` does.
         """
-        return await self._least_busy().classify(prompt_ids, client)
+        tries = Tries()
+        while True:
+            async with self._probation(tries):
+                head = await self._chosen(prompt_ids, "", tries)
+                try:
+                    return await head.classify(prompt_ids, client)
+                except HeadUnavailableError as error:
+                    self._again_after(error, head, tries)
 
     async def close(self) -> None:
+        """Hang up everywhere; requests that are open end with HeadUnavailableError."""
+        self._is_closed = True
         self._heads = ()
-        closing = [*self._closing, *(c.close() for c in self._connections.values())]
+        closing = [*self._closing, *(each.close() for each in self._connections.values())]
         self._connections = {}
+        self._on_change()
         await asyncio.gather(*closing)
 
-    def _least_busy(self) -> HeadConnection:
+    @asynccontextmanager
+    async def _probation(self, tries: Tries) -> AsyncIterator[AsyncExitStack]:
+        """Entered by one suspect at a time, which may leave early, and by all others at once."""
+        async with AsyncExitStack() as stack:
+            if tries.is_suspect:
+                await stack.enter_async_context(self._one_suspect)
+            yield stack
+
+    def _again_after(self, error: HeadUnavailableError, head: HeadConnection, tries: Tries) -> None:
+        """Note that a head did not finish a request; raises when that was the last try."""
+        cause = tries.again_after(error, head.head)
+        self._metrics.observe_replay(cause)
+        logger.info("another head goes on with a request: %s", error)
+
+    async def _chosen(self, ids: Sequence[int], salt: str, tries: Tries) -> HeadConnection:
+        """The head that a request with these known ids should go to; waits until there is one.
+
+        Raises HeadUnavailableError when none has come in time.
+        """
+        if not (heads := self._candidates(tries)):
+            heads = await self._some_candidates(tries)
+        keys = block_keys(ids, salt) if len(self._connections) > 1 else []
+        head = min(heads, key=lambda head: cost(head.standing(keys), len(ids)))
+        head.remember(keys)
+        return head
+
+    async def _some_candidates(self, tries: Tries) -> list[HeadConnection]:
+        if not self._num_waiting:
+            logger.warning("requests wait for a head replica: %s", self)
+        self._num_waiting += 1
+        try:
+            async with asyncio.timeout(self._wait_s):
+                while not (heads := self._candidates(tries)):
+                    await self._changed.wait()
+        except TimeoutError as error:
+            raise HeadUnavailableError(
+                f"there was no head replica for {self._wait_s:g} s; try again later"
+            ) from error
+        finally:
+            self._num_waiting -= 1
+        return heads
+
+    def _candidates(self, tries: Tries) -> list[HeadConnection]:
+        """Heads that may take a request now."""
+        if self._is_closed:
+            raise HeadUnavailableError("the ingress is shutting down")
+        ready = [head for head in self._connections.values() if head.takes_requests]
+        if tries.failure is None:
+            return ready
+        others = [head for head in ready if head.head != tries.failed_at]
+        if not others:
+            raise tries.failure
+        return others
+
+    def _remember(self, head: HeadConnection, journal: Journal) -> None:
+        """An answer is the beginning of its conversation's next prompt."""
+        if len(self._connections) > 1:
+            head.remember(block_keys(journal.known_ids, journal.cache_salt))
+
+    def _on_change(self) -> None:
+        """A head takes requests, or takes none any more."""
         self._refresh()
-        if not self._connections:
-            raise HeadUnavailableError("no head replica is connected")
-        return min(self._connections.values(), key=lambda c: c.num_open)
+        if self.num_ready:
+            for connection in self._connections.values():
+                if connection.is_draining:
+                    connection.hand_back()
+        self._changed.set()
+        self._changed = asyncio.Event()
 
     def _refresh(self) -> None:
-        """Replace broken streams, drop heads that are gone, connect to those that are new.
+        """Drop streams that broke and heads that have gone, connect to those that are listed.
 
-        A head that is no longer listed keeps its stream while requests are open on it: the
-        controller may be the one who lost sight of it.
+        A head that is not listed any more keeps its stream while it lives and does not say that it
+        is about to stop: the controller may be the one who lost sight of it.
         """
         for head, connection in list(self._connections.items()):
-            if connection.is_broken or (head not in self._heads and not connection.num_open):
+            is_done = connection.is_draining and not connection.num_open
+            if connection.loss or (is_done and head not in self._heads):
                 del self._connections[head]
                 task = asyncio.create_task(connection.close())
                 self._closing.add(task)
                 task.add_done_callback(self._closing.discard)
+                self._resting.add(head)
+                asyncio.get_running_loop().call_later(REST_S, self._rested, head)
         for head in self._heads:
-            if head not in self._connections:
-                self._connections[head] = HeadConnection(head, self._identity)
+            if head not in self._connections and head not in self._resting:
+                self._connections[head] = HeadConnection(
+                    head,
+                    self._identity,
+                    silent_after_s=self._silent_after_s,
+                    on_change=self._on_change,
+                    open_channel=self._open_channel,
+                )
+
+    def _rested(self, head: HeadInfo) -> None:
+        self._resting.discard(head)
+        self._refresh()

@@ -51,6 +51,11 @@ class Journal:
     finish: Finish | None = None
     """Why the head ended it."""
 
+    @property
+    def known_ids(self) -> tuple[int, ...]:
+        """The prompt and what has been emitted after it."""
+        return (*self.prompt_ids, *self.emitted_ids)
+
     def record(self, news: News) -> None:
         """Append what a head has sent. Nothing may follow an end.
 

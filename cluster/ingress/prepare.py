@@ -11,21 +11,25 @@ from cluster.ingress.journal import Journal
 from cluster.ingress.sampling import sampling_params
 from cluster.ingress.structured import grammar_spec
 from cluster.ingress.text import TextRules
+from cluster.ingress.tools import ToolUse, conversation, tool_use
 from cluster.schema import (
     MAX_CHOICES,
     ChatCompletionRequest,
     ClassifyRequest,
     CompletionRequest,
+    Conversation,
     GenerationRequest,
     ModelRequest,
     PromptTokensDetails,
     Usage,
 )
-from model.chat import ChatFormat, Message
+from model.chat import RESERVED, ChatFormat
 from model.errors import PromptError
 from model.generation_defaults import GenerationDefaults
 from model.labels import trim_padding
 from model.tokenizer import Tokenizer
+
+NO_TOOLS = ToolUse()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +52,8 @@ class ApiSettings:
     max_concurrent_requests: int
     """Of this ingress."""
     max_body_bytes: int
+    sse_keep_alive_s: float = 15.0
+    """How long a stream may be silent, seconds; then a comment is sent."""
 
 
 @dataclass(frozen=True)
@@ -107,22 +113,51 @@ class Preparer:
 
     def chat(self, body: ChatCompletionRequest, client: str) -> Work:
         """Work of a chat completion; client is who asks. Raises RequestError, SamplingError."""
-        messages = [Message(message.role, message.text) for message in body.messages]
-        self._check_length(sum(len(message.content) for message in messages), "messages")
-        try:
-            prompt = tuple(self._chat.encode(messages))
-        except PromptError as error:
-            raise RequestError(400, str(error), param="messages") from error
+        use = tool_use(body, self._chat)
+        prompt = self.chat_ids(body, use)
         return self._work(
             body,
             client,
             [prompt],
             echoes=[None],
-            continues_text=False,
+            continues_text=body.continue_final_message,
             max_tokens=body.max_completion_tokens or body.max_tokens,
             num_logprobs=body.top_logprobs if body.logprobs else None,
             num_prompt_logprobs=body.prompt_logprobs,
+            use=use,
         )
+
+    def chat_ids(self, body: Conversation, use: ToolUse) -> tuple[int, ...]:
+        """Ids of a conversation, as the chat template renders it. Raises RequestError."""
+        messages = conversation(body.messages)
+        self._check_length(sum(len(each.content or "") for each in messages), "messages")
+        reserved = RESERVED.intersection(body.chat_template_kwargs)
+        if reserved:
+            raise RequestError(
+                400,
+                f"chat_template_kwargs: {min(reserved)} has a field of its own or is no caller's",
+                param="chat_template_kwargs",
+            )
+        if body.continue_final_message and (
+            messages[-1].role != "assistant" or messages[-1].tool_calls
+        ):
+            raise RequestError(
+                400,
+                "continue_final_message: the last message must be text of the assistant's",
+                param="continue_final_message",
+            )
+        try:
+            ids = self._chat.encode(
+                messages,
+                tools=use.shown,
+                calls_tools=use.grammar is not None,
+                adds_prompt=body.opens_turn,
+                continues_last=body.continue_final_message,
+                variables=body.chat_template_kwargs,
+            )
+        except PromptError as error:
+            raise RequestError(400, str(error), param="messages") from error
+        return tuple(ids)
 
     def check_model(self, model_id: str | None) -> None:
         """Refuse a model that is not the one that is served."""
@@ -210,6 +245,7 @@ class Preparer:
         max_tokens: int | None,
         num_logprobs: int | None,
         num_prompt_logprobs: int | None,
+        use: ToolUse = NO_TOOLS,
     ) -> Work:
         """One journal per prompt and choice. max_tokens: None for the rest of the context; 0 for
         the prompt alone.
@@ -232,7 +268,7 @@ class Preparer:
             logprobs=0 if chooses and num_logprobs is None else num_logprobs,
             prompt_logprobs=num_prompt_logprobs,
         )
-        grammar = grammar_spec(
+        grammar = use.grammar or grammar_spec(
             body.response_format, body.structured_outputs, continues_text=continues_text
         )
         drafts = body.num_speculative_tokens
@@ -257,6 +293,7 @@ class Preparer:
             shows_stop=body.include_stop_str_in_output,
             num_logprobs=num_logprobs,
             is_prompt_only=max_tokens == 0,
+            calls=use.rules,
         )
         return Work(body, journals, rules, tuple(echoes))
 

@@ -2,9 +2,12 @@
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
+from cluster.errors import RequestError
+from cluster.ingress import sse
+from cluster.ingress.errors import error_body
 from cluster.ingress.journal import Journal
 from cluster.ingress.logprobs import (
     chat_logprobs,
@@ -25,7 +28,12 @@ from cluster.schema import (
     Completion,
     CompletionChoice,
     CompletionLogprobs,
+    FunctionCall,
+    FunctionCallDelta,
     PromptLogprobs,
+    StreamOptions,
+    ToolCall,
+    ToolCallDelta,
     Usage,
 )
 from model.tokenizer import Tokenizer
@@ -51,6 +59,40 @@ class Replies(Protocol):
     def whole(self, answers: Sequence[TextDelta]) -> Completion | ChatCompletion:
         """The reply that is not streamed, of all answers that were drawn."""
         ...
+
+
+class ChunkForm:
+    """A stream of OpenAI's chunks."""
+
+    def __init__(self, work: Work, replies: Replies) -> None:
+        options = work.body.stream_options or StreamOptions()
+        self._work = work
+        self._replies = replies
+        self._has_usage = options.include_usage
+        self._has_usage_everywhere = options.include_usage and options.continuous_usage_stats
+        self._num_told = 0
+
+    def opening(self) -> Iterator[bytes]:
+        return map(self._event, self._replies.opening())
+
+    def delta(self, index: int, delta: TextDelta) -> Iterator[bytes]:
+        self._num_told += len(delta.token_ids)
+        yield self._event(self._replies.chunk(index, delta))
+
+    def closing(self) -> Iterator[bytes]:
+        if self._has_usage:
+            yield sse.event(self._with_usage(self._replies.closing()))
+        yield sse.DONE
+
+    def failure(self, error: RequestError) -> Iterator[bytes]:
+        yield sse.event(error_body(error))
+        yield sse.DONE
+
+    def _event(self, chunk: Chunk) -> bytes:
+        return sse.event(self._with_usage(chunk) if self._has_usage_everywhere else chunk)
+
+    def _with_usage(self, chunk: Chunk) -> Chunk:
+        return chunk.model_copy(update={"usage": self._work.usage(self._num_told)})
 
 
 def best(work: Work, answers: Sequence[TextDelta]) -> list[tuple[Journal, TextDelta]]:
@@ -143,7 +185,7 @@ class ChatReplies:
     def chunk(self, index: int, delta: TextDelta) -> ChatCompletionChunk:
         choice = ChatChunkChoice(
             index=index,
-            delta=ChatDelta(content=delta.text) if delta.text else ChatDelta(),
+            delta=_chat_delta(delta),
             finish_reason=delta.finish,
             stop_reason=delta.stop_reason,
             logprobs=self._logprobs(delta),
@@ -162,7 +204,7 @@ class ChatReplies:
             choices=[
                 ChatChoice(
                     index=index,
-                    message=AssistantMessage(content=answer.text),
+                    message=_message(answer),
                     finish_reason=answer.finish,
                     stop_reason=answer.stop_reason,
                     logprobs=self._logprobs(answer),
@@ -189,6 +231,31 @@ class ChatReplies:
     def _prompt_ids(self) -> list[int] | None:
         wanted = self._work.body.return_token_ids
         return list(self._work.journals[0].prompt_ids) if wanted else None
+
+
+def _chat_delta(delta: TextDelta) -> ChatDelta:
+    calls = [
+        ToolCallDelta(
+            index=call.index,
+            id=call.id,
+            type="function" if call.id else None,
+            function=FunctionCallDelta(name=call.name, arguments=call.arguments),
+        )
+        for call in delta.tool_calls
+    ]
+    return ChatDelta(content=delta.text or None, tool_calls=calls or None)
+
+
+def _message(answer: TextDelta) -> AssistantMessage:
+    calls = [
+        ToolCall(
+            id=call.id or "",
+            function=FunctionCall(name=call.name or "", arguments=call.arguments),
+        )
+        for call in answer.tool_calls
+    ]
+    content = answer.text if answer.text or not calls else None
+    return AssistantMessage(content=content, tool_calls=calls or None)
 
 
 def _usage(work: Work, answers: Sequence[TextDelta]) -> Usage:

@@ -12,8 +12,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from cluster.ingress.errors import error_response
 from cluster.metrics import IngressMetrics
 
-_HUNG_UP = 499
+HUNG_UP = 499
+"""Status of a request whose caller was gone before it had one."""
 _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
+def request_id_of(given: str | None) -> str:
+    """What a request is called: as its caller says, if that is sane."""
+    return given if given and _SANE_ID.fullmatch(given) else uuid.uuid4().hex
 
 
 class RequestLog:
@@ -27,22 +33,29 @@ class RequestLog:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = Headers(scope=scope).get("x-request-id", "")
-        request_id = given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex
+        request_id = request_id_of(Headers(scope=scope).get("x-request-id"))
         started = time.perf_counter()
-        status = _HUNG_UP  # what it stays when the caller does so before an answer
+        status = HUNG_UP  # what it stays when the caller does so before an answer
+        is_gone = False
 
         async def tagged(message: Message) -> None:
-            nonlocal status
+            nonlocal status, is_gone
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+            try:
+                await send(message)
+            except OSError:  # how ASGI says that the caller has hung up
+                is_gone = True
+                raise
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["X-Request-Id"] = request_id
-            await send(message)
 
         try:
             await self._app(scope, receive, tagged)
         except Exception as error:
-            if status != _HUNG_UP:
+            if is_gone:
+                return  # nobody is left to answer, and nothing is wrong
+            if status != HUNG_UP:
                 raise  # the answer has begun: Serve can only break it off
             await error_response(error)(scope, receive, tagged)
         finally:

@@ -3,10 +3,14 @@
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Literal
 
 from cluster.ingress.journal import Finish, Journal
 from cluster.ingress.logprobs import TokenReport, report, report_prompt
+from cluster.ingress.tool_calls import CallDelta, CallReader, CallRules
+from model.chat import CALLS_MARKER
 from model.stop import StopMatcher
 from model.tokenizer import StreamDecoder, Tokenizer
 
@@ -29,23 +33,28 @@ class TextRules:
     """How many likeliest tokens to report beside each token; None reports no token."""
     is_prompt_only: bool = False
     """Whether the answer is left out. A head gives one token at least."""
+    calls: CallRules | None = None
+    """How calls of tools are found in an answer; None where all of it is text."""
 
 
 @dataclass(frozen=True)
 class TextDelta:
     """What is new of a choice.
 
+    text:        of its content.
     finish:      why it ended, if it did.
     stop_reason: the stop string or the named stop token that ended it.
     reports:     of the tokens whose text is all shown now, where log-probabilities are asked for.
     token_ids:   of the answer; with those whose text is held back.
+    tool_calls:  what is new of them, in order.
     """
 
     text: str
-    finish: Finish | None = None
+    finish: Finish | Literal["tool_calls"] | None = None
     stop_reason: str | int | None = None
     reports: tuple[TokenReport, ...] = ()
     token_ids: tuple[int, ...] = ()
+    tool_calls: tuple[CallDelta, ...] = ()
 
 
 def joined(deltas: Iterable[TextDelta]) -> TextDelta:
@@ -57,6 +66,16 @@ def joined(deltas: Iterable[TextDelta]) -> TextDelta:
         deltas[-1].stop_reason,
         tuple(each for delta in deltas for each in delta.reports),
         tuple(each for delta in deltas for each in delta.token_ids),
+        _whole_calls(each for delta in deltas for each in delta.tool_calls),
+    )
+
+
+def _whole_calls(deltas: Iterable[CallDelta]) -> tuple[CallDelta, ...]:
+    """Each call in one piece."""
+    return tuple(
+        replace(own[0], arguments="".join(each.arguments for each in own))
+        for _, group in groupby(deltas, key=lambda each: each.index)
+        if (own := list(group))
     )
 
 
@@ -93,6 +112,8 @@ class AnswerText:
         self._rules = rules
         self._decoder = StreamDecoder(tokenizer, continues_text=rules.continues_text)
         self._matcher = StopMatcher(rules.stop_strings, shows_stop=rules.shows_stop)
+        self._calls = CallReader(rules.calls) if rules.calls else None
+        self._calls_marker_id = rules.calls.marker_id if rules.calls else None
         self._echo = echo
         self._num_read = 0  # ids of the journal that the text and the reports are made of
         self._num_told = 0  # ids of the journal that the reader has
@@ -122,16 +143,29 @@ class AnswerText:
         if self._matcher.met is not None:
             finish = "stop"
         reports = self._reports()
-        if not (text or reports or finish):
+        content, calls = self._parted(text, has_ended=finish is not None)
+        if not (content or calls or reports or finish):
             return None
+        has_calls = self._calls is not None and self._calls.num_calls > 0
         told, self._num_told = self._num_told, self._num_read
         return TextDelta(
-            text,
-            finish,
+            content,
+            "tool_calls" if finish == "stop" and has_calls else finish,
             stop_reason=self._stop_token if self._matcher.met is None else self._matcher.met,
             reports=reports,
             token_ids=tuple(journal.emitted_ids[told:]),
+            tool_calls=tuple(calls),
         )
+
+    def _parted(self, text: str, *, has_ended: bool) -> tuple[str, list[CallDelta]]:
+        """Content and calls of new text."""
+        if self._calls is None:
+            return text, []
+        content, calls = self._calls.push(text)
+        if has_ended:
+            rest, more = self._calls.flush()
+            content, calls = content + rest, calls + more
+        return content, calls
 
     def _read_prompt(self) -> str:
         """The prompt's text, once, if it is to be shown."""
@@ -168,6 +202,8 @@ class AnswerText:
         wants_report = self._rules.num_logprobs is not None
         one = report(decoder, token_id, journal.logprobs[index], offset) if wants_report else None
         text = decoder.push(token_id)
+        if token_id == self._calls_marker_id:
+            text += CALLS_MARKER  # a control token has no text of its own
         self._num_known += len(text)
         if one is not None:
             # a character that is not whole yet will be one more

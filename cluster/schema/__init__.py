@@ -46,9 +46,20 @@ from cluster.schema.requests import (
     ClassifyRequest,
     CompletionRequest,
     ContentPart,
+    Conversation,
     GenerationRequest,
     ModelRequest,
     StreamOptions,
+)
+from cluster.schema.tools import (
+    MAX_TOOLS,
+    FunctionCall,
+    FunctionCallDelta,
+    FunctionDefinition,
+    Tool,
+    ToolCall,
+    ToolCallDelta,
+    ToolChoice,
 )
 
 __all__ = [
@@ -60,6 +71,7 @@ __all__ = [
     "MAX_LOGPROBS",
     "MAX_PRIORITY",
     "MAX_SEED",
+    "MAX_TOOLS",
     "AssistantMessage",
     "ChatChoice",
     "ChatChunkChoice",
@@ -78,8 +90,12 @@ __all__ = [
     "CompletionRequest",
     "ContentLogprob",
     "ContentPart",
+    "Conversation",
     "ErrorBody",
     "ErrorDetail",
+    "FunctionCall",
+    "FunctionCallDelta",
+    "FunctionDefinition",
     "GenerationRequest",
     "JsonSchemaFormat",
     "Model",
@@ -94,6 +110,10 @@ __all__ = [
     "StreamOptions",
     "StructuredOutputs",
     "TokenLogprob",
+    "Tool",
+    "ToolCall",
+    "ToolCallDelta",
+    "ToolChoice",
     "Usage",
     "WorkerStatus",
 ]

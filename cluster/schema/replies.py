@@ -2,13 +2,19 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
+
+from cluster.schema.tools import ToolCall, ToolCallDelta
 
 
 class Reply(BaseModel):
     """Base of replies: a newer server may send more than this client knows."""
 
-    model_config = ConfigDict(extra="allow")
+    # built when first used: the SDK must be quick to import
+    model_config = ConfigDict(extra="allow", defer_build=True)
+
+    _request_id: str | None = None
+    """In the SDK: the X-Request-Id of the answer that it came in."""
 
 
 class PromptTokensDetails(Reply):
@@ -98,14 +104,16 @@ class Completion(Reply):
 
 class AssistantMessage(Reply):
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
+    """None beside tool calls that nothing was said to."""
+    tool_calls: list[ToolCall] | None = Field(default=None, exclude_if=lambda given: given is None)
 
 
 class ChatChoice(Reply):
     index: int
     message: AssistantMessage
     finish_reason: str | None = None
-    """stop or length"""
+    """stop, length or tool_calls"""
     stop_reason: str | int | None = None
     """The stop string, or the id of stop_token_ids, that ended it; None for an end of its own."""
     logprobs: ChatLogprobs | None = None
@@ -128,13 +136,16 @@ class ChatCompletion(Reply):
 class ChatDelta(Reply):
     role: Literal["assistant"] | None = None
     content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = Field(
+        default=None, exclude_if=lambda given: given is None
+    )
 
 
 class ChatChunkChoice(Reply):
     index: int
     delta: ChatDelta
     finish_reason: str | None = None
-    """stop or length"""
+    """stop, length or tool_calls"""
     stop_reason: str | int | None = None
     logprobs: ChatLogprobs | None = None
     token_ids: list[int] | None = None

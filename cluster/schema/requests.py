@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from cluster.schema.answer_form import ResponseFormat, StructuredOutputs
+from cluster.schema.tools import MAX_TOOLS, Tool, ToolCall, ToolChoice
 
 MAX_CHOICES = 128
 """Completions one request may ask for: prompts x n. Also the texts it may have classified."""
@@ -77,9 +78,7 @@ NumLogprobs = Annotated[
 ]
 
 NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
-    "add_generation_prompt": (True,),
     "add_special_tokens": (True,),
-    "continue_final_message": (False,),
     "echo": (False,),
     "function_call": ("none", "auto"),
     "functions": ([],),
@@ -102,8 +101,13 @@ NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
 """Fields of OpenAI's and vLLM's that would change the answer but are not served yet, with the
 values that ask for nothing. Any other value is refused rather than silently ignored."""
 
-NOT_SUPPORTED_IN_CHAT = {**NOT_SUPPORTED, "add_special_tokens": (False,)}
-"""The template writes the special tokens."""
+NOT_SUPPORTED_IN_CHAT: dict[str, tuple[Any, ...]] = {
+    **NOT_SUPPORTED,
+    "add_special_tokens": (False,),
+    "chat_template": (),
+    "documents": ([],),
+}
+"""In a conversation the template writes the special tokens; and it is the checkpoint's own."""
 
 NOT_SUPPORTED_TO_CLASSIFY: dict[str, tuple[Any, ...]] = {
     "activation": (True,),
@@ -295,21 +299,66 @@ class ChatMessage(BaseModel):
     """One turn of a conversation."""
 
     role: str = Field(min_length=1, max_length=64)
-    content: str | Annotated[list[ContentPart], Field(fail_fast=True, max_length=1_000)]
+    content: str | Annotated[list[ContentPart], Field(fail_fast=True, max_length=1_000)] | None = (
+        None
+    )
+    """Left out only beside tool_calls."""
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None
+    """What the assistant has asked for."""
+    tool_call_id: str | None = Field(default=None, min_length=1, max_length=256)
+    """In a turn of a tool, the call that it answers."""
+    name: str | None = Field(default=None, max_length=256)
+
+    @model_validator(mode="after")
+    def _says_something(self) -> "ChatMessage":
+        if self.content is None and not self.tool_calls:
+            raise ValueError("content: must be given, except beside tool_calls")
+        return self
 
     @property
-    def text(self) -> str:
-        if isinstance(self.content, str):
+    def text(self) -> str | None:
+        if self.content is None or isinstance(self.content, str):
             return self.content
         return "\n".join(part.text for part in self.content)
 
 
-class ChatCompletionRequest(GenerationRequest):
+class Conversation(BaseModel):
+    """A conversation, and how the chat template is to render it."""
+
+    messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1, max_length=10_000)]
+    tools: Annotated[list[Tool], Field(fail_fast=True, max_length=MAX_TOOLS)] = []
+    """What the model may call, where its chat template tells it of tools."""
+    continue_final_message: bool = False
+    """Go on within the last message, instead of answering it."""
+    add_generation_prompt: bool | None = None
+    """End with what opens the assistant's turn. Left out: yes, but for continue_final_message."""
+    chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=64)] = {}
+    """More variables for the chat template."""
+
+    @field_validator("add_generation_prompt")
+    @classmethod
+    def _ends_in_one_way(cls, opens: bool | None, others: ValidationInfo) -> bool | None:
+        if opens and others.data.get("continue_final_message"):
+            raise ValueError("not allowed with continue_final_message: true")
+        return opens
+
+    @property
+    def opens_turn(self) -> bool:
+        """Whether the prompt ends with what opens the assistant's turn."""
+        if self.add_generation_prompt is None:
+            return not self.continue_final_message
+        return self.add_generation_prompt
+
+
+class ChatCompletionRequest(GenerationRequest, Conversation):
     """Body of POST /v1/chat/completions."""
 
     not_supported = NOT_SUPPORTED_IN_CHAT
 
-    messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1, max_length=10_000)]
+    tool_choice: Literal["auto", "none", "required"] | ToolChoice = "auto"
+    """Whether to call tools: as the model likes, not at all, at least one, or the one named."""
+    parallel_tool_calls: bool = True
+    """Whether an answer may hold several calls."""
     max_tokens: int | None = Field(default=None, ge=1)
     """Left out: the rest of the context."""
     max_completion_tokens: int | None = Field(default=None, ge=1)

@@ -87,6 +87,6 @@ def test_a_classifier_is_served_as_the_library_computes_it(
 
 def assert_ready(client: Client) -> None:
     """Only once every expert has computed for the probe; both workers hold half of them."""
-    readiness = client.ready()
+    readiness = client.cluster.status()
     assert readiness.ready
     assert [worker.num_experts for worker in readiness.workers] == [24, 24]

@@ -10,6 +10,7 @@ import grpc
 import pytest
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from tests.integration.proxy import CuttingProxy
 
 from cluster import rpc
 from cluster.head.cross_check import CrossCheck
@@ -23,7 +24,6 @@ from model.router import Routing
 from model.sampling_params import SamplingParams
 from model.units import Unit
 from model.weights import Checkpoint
-from tests.integration.proxy import CuttingProxy
 from tests.integration.workers import WorkerServer, remote_experts
 
 GREEDY = SamplingParams(max_tokens=40, temperature=0.0)

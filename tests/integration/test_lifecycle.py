@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from model import Mixtral
+from tests import faults
 from tests.integration.conftest import Service
 from tests.integration.test_service import PROMPT, until
 
@@ -24,10 +25,6 @@ def run(*arguments: str, timeout_s: float = 100) -> subprocess.CompletedProcess[
         timeout=timeout_s,
         check=False,
     )
-
-
-def descendants(pid: int) -> list[psutil.Process]:
-    return psutil.Process(pid).children(recursive=True)
 
 
 def listening(processes: list[psutil.Process]) -> list[str]:
@@ -47,7 +44,7 @@ def listening(processes: list[psutil.Process]) -> list[str]:
 def test_a_signal_leaves_no_process_and_no_socket(signum: signal.Signals) -> None:
     """SIGINT goes to the whole process group, as a terminal's Ctrl-C does."""
     service = Service.start("--dtype", "float32")
-    everything = descendants(service.process.pid)
+    everything = faults.descendants(service.process.pid)
     names = {name for process in everything for name in process.cmdline()[:1]}
     assert any("ExpertWorker" in name for name in names), names
     assert any("HeadReplica" in name for name in names), names
@@ -69,13 +66,9 @@ def test_a_killed_worker_is_replaced_and_the_stream_goes_on(
     """Runs on the shared service: it must be as good as new afterwards."""
     expected = mixtral.generate(PROMPT, max_tokens=400)
     with service.client() as client:
-        epoch = client.ready().epoch
-        workers = [
-            process
-            for process in descendants(service.process.pid)
-            if "ExpertWorker" in "".join(process.cmdline()[:1])
-        ]
-        assert len(workers) == 2
+        before = client.cluster.status()
+        assert len(before.workers) == 2
+        victim = faults.listener(service.process.pid, before.workers[1].address)
         text = ""
         with client.completions.create(
             prompt=PROMPT, max_tokens=400, temperature=0, stream=True
@@ -83,12 +76,12 @@ def test_a_killed_worker_is_replaced_and_the_stream_goes_on(
             for index, chunk in enumerate(chunks):
                 text += chunk.choices[0].text
                 if index == 5:
-                    workers[1].kill()
+                    faults.kill(victim)
         assert text == expected
 
         def is_whole_again() -> bool:
-            now = client.ready()
-            return now.epoch > epoch and now.phase == "ready" and len(now.workers) == 2
+            now = client.cluster.status()
+            return now.epoch > before.epoch and now.phase == "ready" and len(now.workers) == 2
 
         until(is_whole_again, "the placement after the kill")
 
@@ -138,7 +131,7 @@ def test_quantised_workers_hold_a_fraction_and_a_quantised_head_still_answers() 
     service = Service.start("--experts", "int4", "--attention-weights", "int8")
     try:
         with service.client() as client:
-            held = sum(worker.num_bytes for worker in client.ready().workers)
+            held = sum(worker.num_bytes for worker in client.cluster.status().workers)
             question = [{"role": "user", "content": "What does a cow say?"}]
             answer = client.chat.completions.create(messages=question, temperature=0)
     finally:

@@ -262,10 +262,8 @@ def test_a_caller_without_a_certificate_does_not_connect(folder: Path, start: St
     server = start(tls(folder, "worker"))
     credentials = grpc.ssl_channel_credentials((folder / "ca.pem").read_bytes())
     options = [("grpc.ssl_target_name_override", "worker.maestrale.internal")]
-    with (
-        grpc.secure_channel(server.address, credentials, options) as channel,
-        pytest.raises(grpc.RpcError) as error,
-    ):
+    channel = grpc.secure_channel(server.address, credentials, options)
+    with channel, pytest.raises(grpc.RpcError) as error:
         channel.unary_unary(HELLO)(b"", timeout=10)
     assert "wants TLS or another certificate" in rpc.describe(error.value)
 

@@ -10,7 +10,6 @@ import httpx
 import jsonschema
 import openai
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.client import Client
 from cluster.errors import BadRequestError, NotFoundError
@@ -35,12 +34,7 @@ def http(service: Service) -> Iterator[httpx.Client]:
 
 def counted(client: Client, name: str) -> float:
     """Sum of a metric over all processes and labels."""
-    return sum(
-        sample.value
-        for family in text_string_to_metric_families(client.metrics())
-        for sample in family.samples
-        if sample.name == name
-    )
+    return sum(sample.value for sample in client.cluster.metrics() if sample.name == name)
 
 
 def until(condition: Callable[[], bool], what: str, timeout_s: float = 20) -> None:
@@ -51,7 +45,7 @@ def until(condition: Callable[[], bool], what: str, timeout_s: float = 20) -> No
 
 
 def test_ready_says_where_the_experts_are(client: Client) -> None:
-    readiness = client.ready()
+    readiness = client.cluster.status()
     assert readiness.ready
     assert (readiness.phase, readiness.percent) == ("ready", 100)
     assert readiness.epoch >= 1

@@ -21,7 +21,7 @@ from model.sampling_params import SamplingParams
 from model.units import Unit
 from model.weights import Checkpoint
 from protos import expert_pb2, peer_pb2
-from tests.integration.proxy import CuttingProxy
+from tests.faults import Proxy
 from tests.integration.workers import WorkerServer, placement_on, remote_experts
 from tests.oracle import Oracle
 
@@ -169,7 +169,7 @@ def test_a_cut_connection_to_a_living_worker_costs_no_token(
 ) -> None:
     prompt = mixtral.tokenizer.encode_prompt("Once upon a time")
     expected = mixtral.generate_ids([prompt], [GREEDY])
-    with CuttingProxy(two_workers[1].address) as proxy:
+    with Proxy(two_workers[1].address) as proxy:
         placement = placement_on(two_workers, checkpoint)
         behind_proxy = replace(placement.workers[1], address=proxy.address)
         feed = PlacementFeed()
@@ -210,7 +210,7 @@ def test_a_lost_worker_without_successor_is_an_error_within_the_bound(
 def test_a_worker_that_never_answers_is_an_error_within_the_deadline(
     mixtral: Mixtral, checkpoint: Checkpoint, two_workers: list[WorkerServer]
 ) -> None:
-    with CuttingProxy(two_workers[1].address) as proxy:
+    with Proxy(two_workers[1].address) as proxy:
         placement = placement_on(two_workers, checkpoint)
         behind_proxy = replace(placement.workers[1], address=proxy.address)
         feed = PlacementFeed()

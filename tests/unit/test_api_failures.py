@@ -3,16 +3,18 @@
 import asyncio
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 
 import pytest
 
 from cluster.errors import HeadUnavailableError, RequestError
 from cluster.ingress.journal import Journal
+from cluster.ingress.sse import KEEP_ALIVE
 from tests.api_fakes import (
     BOTH,
     COMPLETIONS,
+    DEADLINE_S,
     DONE,
     EITHER_WAY,
     LETTER_C,
@@ -172,7 +174,7 @@ def test_a_stream_whose_caller_can_no_longer_be_reached_is_aborted_at_the_head(
     api.engine.script = lambda journal: [LETTER_C] * 50
 
     async def hang_up() -> None:
-        caller = Caller(api, path, body_for(path, stream=True), spec_version="2.4")
+        caller = Caller(api, path, body_for(path, stream=True, max_tokens=40), spec_version="2.4")
         await caller.until(lambda: len(caller.sent) >= 4)
         await caller.hang_up()
         await caller.until(lambda: api.engine.aborted)
@@ -266,3 +268,79 @@ def test_a_place_is_free_again_after_every_outcome(
         assert api.post(path, body_for(path, stream=stream)).status_code != 429
     assert api.num_in_progress == 0
     assert len(api.engine.closed) == len(api.engine.journals) == 5
+
+
+# --- silence ---
+
+
+def silent(num_tokens: int) -> Script:
+    """Some ids, then nothing."""
+    return lambda journal: [LETTER_C] * num_tokens
+
+
+@BOTH
+@pytest.mark.parametrize("num_tokens", [0, 2])
+def test_a_silent_stream_is_kept_alive_by_comments(api: Api, path: str, num_tokens: int) -> None:
+    """Before its first token, too: what stands between would give up on the connection."""
+    api.configure(sse_keep_alive_s=0.01)
+    api.engine.script = silent(num_tokens)
+
+    async def listen() -> None:
+        caller = Caller(api, path, body_for(path, stream=True))
+        await caller.until(lambda: caller.bodies.count(KEEP_ALIVE) >= 3, patience_s=DEADLINE_S)
+        await caller.hang_up()
+        assert caller.sent[0]["type"] == "http.response.start"
+        assert caller.sent[0]["status"] == 200
+        assert caller.bodies[-1] == KEEP_ALIVE
+
+    asyncio.run(listen())
+    assert len(api.engine.aborted) == 1
+    assert api.num_in_progress == 0
+
+
+@BOTH
+def test_a_failure_after_a_long_silence_is_said_in_the_stream(api: Api, path: str) -> None:
+    """The status had to be told before anything was known."""
+    api.configure(sse_keep_alive_s=0.001)
+    goes_on = asyncio.Event()
+
+    async def generate(journal: Journal) -> AsyncGenerator[tuple[int, ...], None]:
+        await goes_on.wait()
+        raise HeadUnavailableError("head-1 is gone")
+        yield (LETTER_C,)
+
+    api.engine.generate = generate  # type: ignore[method-assign]
+
+    async def listen() -> None:
+        caller = Caller(api, path, body_for(path, stream=True))
+        await caller.until(lambda: KEEP_ALIVE in caller.bodies, patience_s=DEADLINE_S)
+        goes_on.set()
+        await caller.until(lambda: caller.bodies[-1] == b"", patience_s=DEADLINE_S)
+        *_, error, done = (body for body in caller.bodies if body not in (KEEP_ALIVE, b""))
+        assert json.loads(error.removeprefix(b"data: "))["error"]["message"] == "head-1 is gone"
+        assert done == b"data: [DONE]\n\n"
+
+    asyncio.run(listen())
+
+
+@BOTH
+@EITHER_WAY
+@pytest.mark.parametrize("spec_version", ["2.3", "2.4"])
+def test_a_caller_who_hangs_up_leaves_no_trace_in_the_log(
+    api: Api, path: str, stream: bool, spec_version: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    api.configure(sse_keep_alive_s=0.001)
+    api.engine.script = silent(2)
+    errors: list[BaseException | None] = []
+
+    async def hang_up() -> None:
+        caller = Caller(api, path, body_for(path, stream=stream), spec_version=spec_version)
+        await caller.until(lambda: api.engine.journals and api.engine.journals[0].emitted_ids)
+        await caller.hang_up()
+        errors.append(caller.error)
+
+    with caplog.at_level(logging.WARNING):
+        asyncio.run(hang_up())
+    assert errors == [None]
+    assert caplog.text == ""
+    assert len(api.engine.aborted) == 1

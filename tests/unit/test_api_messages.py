@@ -6,8 +6,8 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.head.engine import Event
-from cluster.head.messages import to_sequence, to_spec, to_step_events
+from cluster.head.engine import Event, Load
+from cluster.head.messages import to_load, to_sequence, to_spec, to_step_events
 from cluster.head.sequence import Sequence
 from cluster.ingress.journal import Journal, News
 from cluster.ingress.messages import to_news, to_submit
@@ -121,6 +121,15 @@ def test_news_of_a_head_arrive_as_they_were(
     )
     message = to_step_events([event]).SerializeToString()
     assert to_news(head_pb2.StepEvents.FromString(message).events[0]) == news
+
+
+def test_how_busy_a_head_is_arrives_as_it_was() -> None:
+    load = to_load(Load(5, 2, 160, 1_024), is_draining=True)
+    message = head_pb2.StepEvents(load=load).SerializeToString()
+    read = head_pb2.StepEvents.FromString(message).load
+    assert (read.num_requests, read.num_waiting) == (5, 2)
+    assert (read.num_free_tokens, read.num_cache_tokens) == (160, 1_024)
+    assert read.is_draining
 
 
 def test_what_concerns_the_prompt_is_the_first_heads_to_tell() -> None:

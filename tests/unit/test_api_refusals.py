@@ -235,15 +235,11 @@ def test_an_unknown_model_is_a_404_that_names_the_known_one(
 
 
 ASKED_FOR: dict[str, Any] = {
-    "add_generation_prompt": False,
-    "continue_final_message": True,
     "function_call": {"name": "f"},
     "functions": [{"name": "f"}],
     "guided_json": {},
     "skip_special_tokens": False,
     "suffix": "b",
-    "tool_choice": "required",
-    "tools": [{"type": "function"}],
     "use_beam_search": True,
 }
 
@@ -259,7 +255,15 @@ def test_a_parameter_that_would_be_ignored_is_refused_by_name(
 
 @pytest.mark.parametrize(
     ("path", "field"),
-    [(COMPLETIONS, "top_logprobs"), (CHAT, "echo"), (CHAT, "add_special_tokens")],
+    [
+        (COMPLETIONS, "tools"),
+        (COMPLETIONS, "tool_choice"),
+        (COMPLETIONS, "top_logprobs"),
+        (CHAT, "add_special_tokens"),
+        (CHAT, "chat_template"),
+        (CHAT, "documents"),
+        (CHAT, "echo"),
+    ],
 )
 def test_a_parameter_of_the_other_endpoint_is_refused_by_name(
     api: Api, path: str, field: str

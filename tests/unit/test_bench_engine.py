@@ -28,6 +28,7 @@ def plan(**fields: Any) -> EnginePlan:
         "dtype": "float32",
         "quantization": None,
         "num_threads": 1,
+        "worker_threads": 1,
         "workers": [0],
         "sequences": [1, 3],
         "prefill": [20],

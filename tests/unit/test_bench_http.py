@@ -16,7 +16,7 @@ from cluster.bench.report import Run
 from cluster.bench.summary import Record
 from cluster.bench.target import Target
 from cluster.bench.workload import Job, Lengths, Synthetic
-from cluster.client.request import settings
+from cluster.client.settings import settings
 from cluster.errors import APIConnectionError, ConfigurationError
 
 T = TypeVar("T")

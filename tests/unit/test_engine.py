@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from cluster.head.engine import Event
+from cluster.head.engine import Event, Load
 from cluster.head.sequence import Sequence
 from model import Mixtral
 from model.sampling_params import SamplingParams
@@ -357,6 +357,24 @@ def test_values_that_are_not_numbers_do_not_spread_over_the_cache(
     for key, prompt in ((1, prompts[0]), (2, prompts[3]), (3, prompts[4])):
         assert outbox.ids(key) == mixtral.generate_ids([prompt], [greedy(5)])[0]
     head.assert_all_free()
+
+
+# --- how busy it is ---
+
+
+def test_the_load_says_who_is_there_and_what_room_is_left(
+    mixtral: Mixtral, prompts: list[list[int]]
+) -> None:
+    head = Head(mixtral, max_running=1, num_blocks=64, block_size=4)
+    loads = []
+    outbox = MemoryOutbox(lambda event: loads.append(head.engine.load))
+    for key in range(3):
+        head.engine.submit(outbox, key, Sequence(prompts[0], greedy(2)))
+    with head.running():
+        outbox.wait_for_end(*range(3))
+    assert len(prompts[0]) + 1 == 4  # one block
+    assert loads[0] == Load(3, 2, 252, 256)
+    assert head.engine.load == Load(0, 0, 256, 256)
 
 
 # --- the end ---

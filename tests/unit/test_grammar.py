@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import model
+from cluster.ingress.tool_calls import CallReader, CallRules
 from model.errors import GrammarError
 from model.grammar import GrammarCompiler, GrammarMatcher
 from model.grammar_spec import GrammarSpec
@@ -580,3 +581,46 @@ def test_bit_i_of_word_w_is_token_32w_plus_i(
     by_hand = [32 * w + i for w, word in enumerate(words) for i in range(32) if word >> i & 1]
     assert by_hand == allowed(compiler, matcher)
     assert pieces_of(tokenizer, by_hand) == {b"a", b"ab"}
+
+
+# --- calls of tools ---
+
+PLACE = {"type": "string", "maxLength": 8}
+WEATHER = {
+    "type": "object",
+    "properties": {"city": {"$ref": "#/$defs/place"}},
+    "required": ["city"],
+    "additionalProperties": False,
+    "$defs": {"place": PLACE},
+}
+NOTHING = {"type": "object", "properties": {}, "additionalProperties": False}
+
+
+@pytest.mark.parametrize("only_one", [False, True])
+def test_calls_are_of_the_functions_and_their_arguments_fit(
+    compiler: GrammarCompiler, tokenizer: Tokenizer, only_one: bool
+) -> None:
+    """Whatever a model would like to write; and they are found where they are looked for."""
+    functions = {"weather": WEATHER, "clock": NOTHING}
+    spec = GrammarSpec.for_calls(list(functions.items()), only_one=only_one)
+    for seed in range(4):
+        ids, _ = draw(compiler, tokenizer, spec, seed)
+        text = text_of(tokenizer, ids, spec)
+        written = json.loads(text)
+        assert len(written) == 1 or not only_one
+        for call in written:
+            assert list(call) == ["name", "arguments"]
+            jsonschema.validate(call["arguments"], functions[call["name"]])
+        reader = CallReader(CallRules(frozenset(functions), begins_with_calls=True))
+        content, deltas = reader.push(text)
+        assert (content, reader.num_calls) == ("", len(written))
+        told = [each.arguments for each in deltas if each.arguments]
+        assert [json.loads(each) for each in told] == [call["arguments"] for call in written]
+
+
+def test_a_function_whose_schema_cannot_be_enforced_is_named(compiler: GrammarCompiler) -> None:
+    deep: dict[str, Any] = {}
+    for _ in range(70):
+        deep = {"properties": {"a": deep}}
+    with pytest.raises(GrammarError, match="parameters of weather: it is nested more than"):
+        compiler.compile(GrammarSpec.for_calls([("weather", deep)], only_one=False))

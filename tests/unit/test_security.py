@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 
 from cluster.certs import LIFETIME, Authority, write_certificates
 from cluster.cli import app
-from cluster.config import Network
+from cluster.config import Network, is_loopback
 from cluster.errors import ConfigurationError
-from cluster.security import ROLES, TOKEN_VARIABLE, Security, is_loopback
+from cluster.security import ROLES, TOKEN_VARIABLE, Security
 
 NOW = datetime.now(UTC)
 TOKEN = "0123456789abcdef-correct"

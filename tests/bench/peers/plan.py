@@ -18,7 +18,7 @@ class Plan:
     """Lengths of prompts that are computed, one at a time."""
     prompt_tokens: int = 32
     """Of every sequence that is decoded."""
-    new_tokens: int = 16
+    new_tokens: int = 8
     """Of every sequence that is decoded, after the first."""
     callers: int = 16
     """Streams over HTTP at a time."""

@@ -42,11 +42,12 @@ class Maestrale:
 
     def measure(self, plan: Plan, precision: str, scratch: Path, limit_s: float) -> Measured:
         result = scratch / "engine.json"
-        # each process has this many; a head and its workers compute by turns, the workers together
-        threads = max(1, plan.threads // max(1, self._num_workers))
+        # a head and its workers compute by turns, the workers together
+        worker_threads = max(1, plan.threads // max(1, self._num_workers))
         arguments = [sys.executable, "-m", "cluster.cli", "bench", "engine", "--rounds", "1"]
         arguments += ["--model", str(plan.checkpoint), "--dtype", "bfloat16"]
-        arguments += ["--workers", str(self._num_workers), "--threads", str(threads)]
+        arguments += ["--workers", str(self._num_workers)]
+        arguments += ["--threads", str(plan.threads), "--worker-threads", str(worker_threads)]
         arguments += ["--sequences", ",".join(map(str, plan.sequences))]
         arguments += ["--prefill", ",".join(map(str, plan.prefill))]
         arguments += ["--prompt-tokens", str(plan.prompt_tokens)]

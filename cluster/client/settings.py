@@ -1,16 +1,16 @@
-"""What goes out: where to, with which headers and which body. Pure; no I/O, no environment.
+"""Where to, with which key and how patiently: a client's settings, checked. Pure; no I/O.
 
 For blocking and asynchronous clients alike.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import httpx
-from pydantic import BaseModel, TypeAdapter
 
+from cluster.client.retry import MAX_RETRIES
 from cluster.errors import ConfigurationError
 
 DEFAULT_BASE_URL = "http://127.0.0.1:8000"
@@ -23,12 +23,9 @@ LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=20)
 """No bound on connections: the server bounds its load and says so with 429, while a full pool
 would make calls wait without a word."""
 
-Prompt = str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]]
-"""Text or token ids; one prompt or several."""
-Message = Mapping[str, Any] | BaseModel
-"""A turn as a dict, or the message of an earlier reply as it came."""
-
-_JSON: TypeAdapter[Any] = TypeAdapter(Any)
+Timeout = float | httpx.Timeout | None
+"""Seconds without a byte from the server, or a bound for each phase, or None to wait as long as it
+takes. Unless it is httpx's, a connection has 5 s at most to come about."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,19 +35,23 @@ class Settings:
     root: str
     """Server's address with neither `/v1` nor trailing slash."""
     timeout: httpx.Timeout
+    max_retries: int
     headers: dict[str, str] = field(repr=False)
     """Sent with every request; the key is in here."""
 
 
 def settings(
-    *, base_url: str | None, api_key: str | None, timeout: float, environ: Mapping[str, str]
+    *,
+    base_url: str | None,
+    api_key: str | None,
+    timeout: Timeout,
+    max_retries: int = MAX_RETRIES,
+    environ: Mapping[str, str],
 ) -> Settings:
     """Check what the caller gave and fill the gaps from the environment.
 
     Raises ConfigurationError naming the argument or variable at fault, never the key.
     """
-    if not (timeout > 0 and math.isfinite(timeout)):
-        raise ConfigurationError(f"timeout is {timeout}; give a number of seconds above 0")
     if base_url is not None:
         root = _root(base_url, "base_url")
     else:
@@ -61,15 +62,40 @@ def settings(
         headers = _headers(environ.get("MAESTRALE_API_KEY", ""), "MAESTRALE_API_KEY")
     return Settings(
         root=root,
-        timeout=httpx.Timeout(timeout, connect=min(timeout, MAX_CONNECT_S)),
+        timeout=checked_timeout(timeout),
+        max_retries=_max_retries(max_retries),
         headers=headers,
     )
 
 
-def request_body(extra: Mapping[str, Any], **named: Any) -> bytes:
-    """JSON of the parameters that were given: named ones unless None, extra ones as they are."""
-    body = {name: value for name, value in named.items() if value is not None}
-    return _JSON.dump_json({**body, **extra})
+def changed(settings: Settings, **changes: Any) -> Settings:
+    """The same settings but for those named as in `settings`. Raises as it does."""
+    checks: dict[str, Callable[[Any], dict[str, Any]]] = {
+        "base_url": lambda given: {"root": _root(given, "base_url")},
+        "api_key": lambda given: {"headers": _headers(given, "api_key")},
+        "timeout": lambda given: {"timeout": checked_timeout(given)},
+        "max_retries": lambda given: {"max_retries": _max_retries(given)},
+    }
+    for name, given in changes.items():
+        settings = replace(settings, **checks[name](given))
+    return settings
+
+
+def checked_timeout(timeout: Timeout) -> httpx.Timeout:
+    """As httpx's. Raises ConfigurationError."""
+    if isinstance(timeout, httpx.Timeout):
+        return timeout
+    if timeout is None:
+        return httpx.Timeout(None, connect=MAX_CONNECT_S)
+    if not (timeout > 0 and math.isfinite(timeout)):
+        raise ConfigurationError(f"timeout is {timeout}; give seconds above 0, or None for no end")
+    return httpx.Timeout(timeout, connect=min(timeout, MAX_CONNECT_S))
+
+
+def _max_retries(max_retries: int) -> int:
+    if max_retries < 0:
+        raise ConfigurationError(f"max_retries is {max_retries}; give 0 for none, or more")
+    return max_retries
 
 
 def _root(base_url: str, source: str) -> str:

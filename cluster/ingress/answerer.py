@@ -1,0 +1,142 @@
+"""From a body to what its choices become, whatever protocol it came by.
+
+Knows schema, text and the engine behind it; knows no HTTP and no protocol's replies.
+"""
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import AbstractAsyncContextManager, aclosing
+from typing import Protocol
+
+from cluster.errors import RequestError
+from cluster.ingress.classify import classify_all
+from cluster.ingress.journal import Journal
+from cluster.ingress.limits import ConcurrencyLimit
+from cluster.ingress.merge import merge
+from cluster.ingress.prepare import ApiSettings, Preparer, Work
+from cluster.ingress.text import AnswerText, TextDelta, generate_text, joined
+from cluster.metrics import IngressMetrics
+from cluster.schema import (
+    ChatCompletionRequest,
+    ClassifyRequest,
+    CompletionRequest,
+    ModelRequest,
+    Readiness,
+)
+from model.chat import ChatFormat
+from model.tokenizer import Tokenizer
+
+
+class Engine(Protocol):
+    """What the ingress needs of the cluster behind it."""
+
+    def running(self) -> AbstractAsyncContextManager[None]:
+        """Entered when the app starts, left when it stops."""
+        ...
+
+    def generate(self, journal: Journal) -> AsyncGenerator[tuple[int, ...], None]:
+        """Run a journal; yields and records new ids. Closing the iterator aborts it.
+
+        Raises HeadUnavailableError or RequestError.
+        """
+        ...
+
+    async def classify(self, prompt_ids: Sequence[int], client: str) -> tuple[float, ...]:
+        """Logits of a prompt, one for each label. Cancelling aborts it. client: who asks.
+
+        Raises HeadUnavailableError or RequestError.
+        """
+        ...
+
+    def readiness(self) -> Readiness:
+        """Whether requests can be served, and how far the start has come."""
+        ...
+
+    async def metrics(self) -> str:
+        """Metrics of all processes as text."""
+        ...
+
+
+class Answerer:
+    """What all doors to one served model share. Owned by the event loop.
+
+    A door makes of its request a body in OpenAI's words, of that a Work (`completion`, `chat`), and
+    of that its answers: all at once (`answers`) or as they come (`deltas`). Both hold a place
+    among the requests in progress; both give the request up when they are cancelled or closed.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        chat: ChatFormat,
+        settings: ApiSettings,
+        metrics: IngressMetrics,
+    ) -> None:
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self.prepare = Preparer(tokenizer, chat, settings)
+        self._metrics = metrics
+        self._limit = ConcurrencyLimit(settings.max_concurrent_requests)
+        metrics.in_progress.set_function(lambda: self._limit.num_open)
+
+    def completion(self, body: CompletionRequest, client: str) -> Work:
+        """Work of a plain completion; client is who asks. Raises RequestError, SamplingError."""
+        self._check(body)
+        return self.prepare.completion(body, client)
+
+    def chat(self, body: ChatCompletionRequest, client: str) -> Work:
+        """Work of a chat completion; client is who asks. Raises RequestError, SamplingError."""
+        self._check(body)
+        return self.prepare.chat(body, client)
+
+    def classification(self, body: ClassifyRequest) -> list[Sequence[int]]:
+        """Ids of what is to be classified. Raises RequestError."""
+        self._check(body)
+        return self.prepare.classification(body)
+
+    async def deltas(self, work: Work) -> AsyncGenerator[tuple[int, TextDelta], None]:
+        """What is new of any choice as it comes, with the choice's index; each choice's last has
+        `finish`. Raises RequestError, HeadUnavailableError.
+        """
+        with self._limit.slot():
+            self._metrics.observe_prompt(sum(len(each.prompt_ids) for each in work.prompts))
+            streams = [
+                generate_text(
+                    self.engine.generate,
+                    journal,
+                    AnswerText(self.tokenizer, journal, work.rules, work.echo(index)),
+                )
+                for index, journal in enumerate(work.journals)
+            ]
+            async with aclosing(merge(streams)) as merged:
+                async for index, delta in merged:
+                    yield index, delta
+
+    async def answers(self, work: Work) -> list[TextDelta]:
+        """The whole answer of every choice that is drawn. Raises as `deltas` does."""
+        answers: list[list[TextDelta]] = [[] for _ in work.journals]
+        async with aclosing(self.deltas(work)) as deltas:
+            async for index, delta in deltas:
+                answers[index].append(delta)
+        return [joined(answer) for answer in answers]
+
+    async def classify(
+        self, prompts: Sequence[Sequence[int]], client: str
+    ) -> list[tuple[float, ...]]:
+        """Logits of every prompt, one for each label. Raises as `deltas` does."""
+        with self._limit.slot():
+            self._metrics.observe_prompt(sum(len(prompt) for prompt in prompts))
+            return await classify_all(lambda prompt: self.engine.classify(prompt, client), prompts)
+
+    def _check(self, body: ModelRequest) -> None:
+        """Refuse a request that cannot be served, whatever its prompt."""
+        self.prepare.check(body)
+        readiness = self.engine.readiness()
+        if not readiness.ready:
+            raise RequestError(
+                503,
+                f"not ready yet: {readiness.phase}, {readiness.percent} %",
+                kind="service_unavailable",
+                headers={"Retry-After": "2"},
+            )

@@ -1,0 +1,168 @@
+"""Who may use the HTTP API: keys, and pages of which other sites. ASGI middleware.
+
+Keys are known here by their digests only, and stand in no log.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from hashlib import sha256
+from hmac import compare_digest
+from pathlib import Path
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from cluster.config import is_loopback
+from cluster.errors import ConfigurationError, RequestError
+from cluster.ingress.errors import error_response
+
+KEYS_VARIABLE = "MAESTRALE_API_KEYS"
+OPEN_PATHS = ("/health", "/ready")
+"""For probes, which have no key and learn no secret."""
+
+_KEY = re.compile(r"[A-Za-z0-9._~+/=-]+")  # what a bearer token may consist of (RFC 6750)
+
+
+def read_api_keys(file: Path | None, environ: Mapping[str, str]) -> list[str]:
+    """The keys of a file (one a line, `#` begins a comment), or of MAESTRALE_API_KEYS (commas).
+
+    Both together where both are given. Raises ConfigurationError, which shows no key, for a file
+    that cannot be read or holds none, and for what cannot be a key.
+    """
+    keys = [key.strip() for key in environ.get(KEYS_VARIABLE, "").split(",") if key.strip()]
+    if not all(map(_KEY.fullmatch, keys)):
+        raise ConfigurationError(f"{KEYS_VARIABLE} holds something that is no key")
+    if file is None:
+        return keys
+    try:
+        lines = file.expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"cannot read the API keys in {file}: {error}") from error
+    in_file = [line.partition("#")[0].strip() for line in lines]
+    for number, key in enumerate(in_file, start=1):
+        if key and not _KEY.fullmatch(key):
+            raise ConfigurationError(
+                f"line {number} of {file} is no key: letters, digits and . _ ~ + / = - only"
+            )
+    if not any(in_file):
+        raise ConfigurationError(f"{file} holds no API key")
+    return keys + [key for key in in_file if key]
+
+
+@dataclass(frozen=True)
+class Access:
+    """Who may use the API."""
+
+    digests: tuple[bytes, ...] = field(default=(), repr=False)
+    """Of the keys; none: no key is needed."""
+    allow_open: bool = True
+    """Without keys, answer also those who come from a network."""
+    allowed_origins: tuple[str, ...] = ()
+    """Sites whose pages may call from a browser; `*` is all."""
+
+    @classmethod
+    def with_keys(
+        cls, keys: list[str], *, allow_open: bool, allowed_origins: tuple[str, ...]
+    ) -> "Access":
+        """Only these keys, or anybody where there is none."""
+        return cls(tuple(map(_digest, keys)), allow_open, allowed_origins)
+
+    def knows(self, key: str) -> bool:
+        """Whether this is one of the keys, in a time that does not tell how near it came."""
+        given = _digest(key)
+        is_known = False
+        for digest in self.digests:
+            is_known |= compare_digest(given, digest)
+        return is_known
+
+    def protect(self, app: ASGIApp) -> ASGIApp:
+        """The app behind the check of keys, and that behind the answers to browsers."""
+        checked = KeyCheck(app, access=self)
+        if not self.allowed_origins:
+            return checked
+        return CORSMiddleware(
+            checked,
+            allow_origins=self.allowed_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],  # SDKs send many of their own
+            expose_headers=["X-Request-Id", "Retry-After"],
+        )
+
+
+ANYBODY = Access()
+"""Everybody who can connect."""
+
+
+class KeyCheck:
+    """ASGI middleware that lets requests with a key pass: a bearer token, or `x-api-key`.
+
+    What passes by `x-api-key` goes on as if it were a bearer token, so that whatever tells callers
+    apart by their keys need not know both.
+    """
+
+    def __init__(self, app: ASGIApp, *, access: Access) -> None:
+        self._app = app
+        self._access = access
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            key = _given_key(scope)
+            refusal = None if _is_open(scope) else self._refusal(scope, key)
+            if refusal is not None:
+                await error_response(refusal)(scope, receive, send)
+                return
+            if key is not None:
+                MutableHeaders(scope=scope)["Authorization"] = f"Bearer {key}"
+        await self._app(scope, receive, send)
+
+    def _refusal(self, scope: Scope, key: str | None) -> RequestError | None:
+        access = self._access
+        if not access.digests:
+            if access.allow_open or _is_local(scope):
+                return None
+            return RequestError(
+                403,
+                "this server has no API keys and therefore answers on loopback only: its operator "
+                f"must set api_keys_file, {KEYS_VARIABLE} or allow_open_http",
+                kind="permission_error",
+            )
+        if key is not None and access.knows(key):
+            return None
+        return RequestError(
+            401,
+            "no API key was given: send it as a bearer token in the Authorization header"
+            if key is None
+            else "the API key is not one of this server's",
+            kind="authentication_error",
+            code="invalid_api_key",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
+
+
+def _given_key(scope: Scope) -> str | None:
+    """The key that a request shows; the bearer token goes before `x-api-key`."""
+    headers = Headers(scope=scope)
+    scheme, _, token = headers.get("authorization", "").strip().partition(" ")
+    if scheme.lower() == "bearer" and token.strip():
+        return token.strip()
+    return headers.get("x-api-key") or None
+
+
+def _is_open(scope: Scope) -> bool:
+    path = scope["path"].removeprefix(scope.get("root_path", ""))
+    return path.rstrip("/") in OPEN_PATHS
+
+
+def _is_local(scope: Scope) -> bool:
+    """Whether the request came in at a loopback address of ours."""
+    host = (scope.get("server") or ("",))[0]
+    try:
+        return is_loopback(host)
+    except ValueError:
+        return False
+
+
+def _digest(key: str) -> bytes:
+    return sha256(key.encode("utf-8", errors="surrogatepass")).digest()

@@ -1,0 +1,242 @@
+"""The users' gRPC door (protos/maestrale.proto): Generate and Chat, health and reflection.
+
+Requests become the bodies that HTTP takes, so bounds, defaults and messages of errors are the same.
+It runs on the ASGI app's event loop, over the same Answerer: both doors share one limit.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
+from typing import Any, TypeVar
+
+import grpc
+from fastapi.exceptions import RequestValidationError
+from google.protobuf.json_format import MessageToDict
+from google.protobuf.message import Message
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from pydantic import ValidationError
+
+from cluster.errors import ConfigurationError
+from cluster.ingress.answerer import Answerer
+from cluster.ingress.clients import client_key
+from cluster.ingress.errors import as_request_error
+from cluster.ingress.prepare import Work
+from cluster.ingress.request_log import HUNG_UP, request_id_of
+from cluster.ingress.text import TextDelta
+from cluster.metrics import IngressMetrics
+from cluster.schema import ChatCompletionRequest, CompletionRequest, ModelRequest
+from protos import maestrale_pb2, maestrale_pb2_grpc
+
+logger = logging.getLogger(__name__)
+
+Body = TypeVar("Body", bound=ModelRequest)
+
+SERVICE = maestrale_pb2.DESCRIPTOR.services_by_name["Maestrale"].full_name
+
+DRAIN_S = 10.0
+"""How long calls may go on when the ingress stops; below the 20 s after which Serve kills it."""
+
+HEALTH_PERIOD_S = 1.0
+"""How often watchers of the health are told of a change."""
+
+_CODES = {
+    400: grpc.StatusCode.INVALID_ARGUMENT,
+    401: grpc.StatusCode.UNAUTHENTICATED,
+    403: grpc.StatusCode.PERMISSION_DENIED,
+    404: grpc.StatusCode.NOT_FOUND,
+    429: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    503: grpc.StatusCode.UNAVAILABLE,
+}
+"""By HTTP status; INTERNAL for others."""
+
+_FINISH = {
+    None: maestrale_pb2.FINISH_NONE,
+    "stop": maestrale_pb2.FINISH_STOP,
+    "length": maestrale_pb2.FINISH_LENGTH,
+}
+
+
+@asynccontextmanager
+async def serving(
+    answerer: Answerer,
+    metrics: IngressMetrics,
+    address: str,
+    *,
+    credentials: grpc.ServerCredentials | None = None,
+) -> AsyncIterator[int]:
+    """Serve at an address until the block is left; gives the port. Several processes of one machine
+    may serve at the same: the kernel hands each connection to one of them.
+
+    credentials: None serves in the clear.
+    Raises ConfigurationError when nothing can listen there.
+    """
+    server = grpc.aio.server(
+        options=[
+            ("grpc.max_receive_message_length", answerer.settings.max_body_bytes),
+            # A caller that is cut off answers no ping: its requests then end.
+            ("grpc.keepalive_time_ms", 30_000),
+            ("grpc.keepalive_timeout_ms", 10_000),
+        ]
+    )
+    maestrale_pb2_grpc.add_MaestraleServicer_to_server(UsersDoor(answerer, metrics), server)
+    health_pb2_grpc.add_HealthServicer_to_server(_Health(answerer), server)
+    names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+    reflection.enable_server_reflection(names, server)
+    try:
+        port = (
+            server.add_insecure_port(address)
+            if credentials is None
+            else server.add_secure_port(address, credentials)
+        )
+    except RuntimeError as error:
+        raise ConfigurationError(f"gRPC cannot listen on {address}: {error}") from error
+    await server.start()
+    logger.info("gRPC listens on %s", address)
+    try:
+        yield port
+    finally:
+        await server.stop(DRAIN_S)
+
+
+class UsersDoor(maestrale_pb2_grpc.MaestraleServicer):
+    """The calls. Owned by the event loop.
+
+    They write instead of yielding: a cancelled call ends here and now, and its request with it,
+    whereas a generator would wait for the garbage collector.
+    """
+
+    def __init__(self, answerer: Answerer, metrics: IngressMetrics) -> None:
+        self._answerer = answerer
+        self._metrics = metrics
+
+    async def Generate(  # noqa: N802 (gRPC's name)
+        self, request: maestrale_pb2.GenerateRequest, context: Any
+    ) -> None:
+        """Continue a prompt."""
+
+        def work(client: Callable[[ModelRequest], str]) -> Work:
+            fields = _fields(request)
+            prompt = fields.pop(request.WhichOneof("prompt") or "", "")
+            fields["prompt"] = prompt if isinstance(prompt, str) else prompt.get("token_ids", [])
+            body = _checked(CompletionRequest, fields)
+            return self._answerer.completion(body, client(body))
+
+        await self._answer(context, "Generate", work)
+
+    async def Chat(  # noqa: N802
+        self, request: maestrale_pb2.ChatRequest, context: Any
+    ) -> None:
+        """Answer a conversation."""
+
+        def work(client: Callable[[ModelRequest], str]) -> Work:
+            fields = _fields(request)
+            fields["messages"] = [
+                {"role": message.role, "content": message.content} for message in request.messages
+            ]
+            body = _checked(ChatCompletionRequest, fields)
+            return self._answerer.chat(body, client(body))
+
+        await self._answer(context, "Chat", work)
+
+    async def _answer(
+        self,
+        context: Any,
+        method: str,
+        work_for: Callable[[Callable[[ModelRequest], str]], Work],
+    ) -> None:
+        """One call, with what RequestLog does for HTTP: its id, and a line in the metrics."""
+        given = dict(context.invocation_metadata() or ())
+        started, status = time.perf_counter(), HUNG_UP
+        try:
+            request_id = request_id_of(given.get("x-request-id"))
+            await context.send_initial_metadata((("x-request-id", request_id),))
+            work = work_for(lambda body: client_key(given.get("authorization"), body.user))
+            num_tokens = 0
+            async with aclosing(self._answerer.deltas(work)) as deltas:
+                async for _, delta in deltas:
+                    num_tokens += len(delta.token_ids)
+                    await context.write(_delta(work, delta, num_tokens))
+            status = 200
+        except grpc.aio.BaseError as error:
+            logger.info("a caller is gone: %s", error)
+        except Exception as error:
+            refusal = as_request_error(error)
+            status = refusal.status
+            code = _CODES.get(status, grpc.StatusCode.INTERNAL)
+            trailers = tuple((key.lower(), value) for key, value in refusal.headers.items())
+            await context.abort(code, refusal.message, trailers)
+        finally:
+            seconds = time.perf_counter() - started
+            self._metrics.observe_request(f"/{SERVICE}/{method}", status, seconds)
+
+
+class _Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # untyped
+    """The standard health service: serving when a head can answer."""
+
+    def __init__(self, answerer: Answerer) -> None:
+        self._answerer = answerer
+
+    async def Check(  # noqa: N802
+        self, request: health_pb2.HealthCheckRequest, context: Any
+    ) -> health_pb2.HealthCheckResponse:
+        if request.service not in ("", SERVICE):
+            await context.abort(
+                grpc.StatusCode.NOT_FOUND, f"no service {request.service!r}; there is {SERVICE}"
+            )
+        return self._response(request.service)
+
+    async def Watch(  # noqa: N802
+        self, request: health_pb2.HealthCheckRequest, context: Any
+    ) -> None:
+        told = None
+        while True:
+            response = self._response(request.service)
+            if response != told:
+                await context.write(response)
+                told = response
+            await asyncio.sleep(HEALTH_PERIOD_S)
+
+    def _response(self, service: str) -> health_pb2.HealthCheckResponse:
+        if service not in ("", SERVICE):
+            status = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+        elif self._answerer.engine.readiness().ready:
+            status = health_pb2.HealthCheckResponse.SERVING
+        else:
+            status = health_pb2.HealthCheckResponse.NOT_SERVING
+        return health_pb2.HealthCheckResponse(status=status)
+
+
+def _fields(request: Message) -> dict[str, Any]:
+    """Those of a body over HTTP: of the request those that are set, its options among them."""
+    fields: dict[str, Any] = MessageToDict(request, preserving_proto_field_name=True)
+    return {**fields.pop("options", {}), **fields}
+
+
+def _checked(kind: type[Body], fields: dict[str, Any]) -> Body:
+    """The body. Raises what FastAPI raises for one that is wrong."""
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        problems = [{**item, "loc": ("body", *item["loc"])} for item in error.errors()]
+        raise RequestValidationError(problems) from error
+
+
+def _delta(work: Work, delta: TextDelta, num_tokens: int) -> maestrale_pb2.Delta:
+    """num_tokens: of the answer so far, with these."""
+    message = maestrale_pb2.Delta(
+        text=delta.text, token_ids=delta.token_ids, finish=_FINISH[delta.finish]
+    )
+    if isinstance(delta.stop_reason, str):
+        message.stop_string = delta.stop_reason
+    elif delta.stop_reason is not None:
+        message.stop_token_id = delta.stop_reason
+    if delta.finish is not None:
+        usage = work.usage(num_tokens)
+        details = usage.prompt_tokens_details
+        message.usage.prompt_tokens = usage.prompt_tokens
+        message.usage.completion_tokens = usage.completion_tokens
+        message.usage.cached_tokens = details.cached_tokens if details else 0
+    return message

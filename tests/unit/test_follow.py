@@ -1,0 +1,82 @@
+"""What everybody makes of the controller's news, also when it starts anew."""
+
+import asyncio
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from cluster import follow as follow_module
+from cluster.follow import HeadReport, follow
+from cluster.placement import ClusterView, HeadInfo, Placement
+
+STARTING = ClusterView(1, "starting expert workers", 0, None, None, (), 1)
+READY = ClusterView(4, "ready", 100, None, Placement(1, (), ()), (HeadInfo("head", "a:1"),), 1)
+
+
+class Controller:
+    """Answers with one view after the other; an exception is raised. Then never again."""
+
+    def __init__(self, *answers: ClusterView | Exception) -> None:
+        self._answers = list(answers)
+        self.asked: list[tuple[int, HeadReport | None]] = []
+        self.watch = self
+        self.is_done = asyncio.Event()
+
+    async def remote(self, known: int, head: HeadReport | None) -> ClusterView:
+        self.asked.append((known, head))
+        if not self._answers:
+            self.is_done.set()
+            await asyncio.Event().wait()
+        answer = self._answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def seen(*answers: ClusterView | Exception) -> tuple[list[ClusterView], Controller]:
+    """The views that a follower of this controller acts on."""
+    views: list[ClusterView] = []
+    controller: Any = None
+
+    async def scenario() -> None:
+        nonlocal controller
+        controller = Controller(*answers)
+        task = asyncio.create_task(follow(controller, views.append))
+        async with asyncio.timeout(10):
+            await controller.is_done.wait()
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+    asyncio.run(scenario())
+    return views, controller
+
+
+@pytest.fixture(autouse=True)
+def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(follow_module, "RETRY_AFTER_S", 0)
+
+
+def test_each_view_counts_once() -> None:
+    views, controller = seen(STARTING, STARTING, READY, READY)
+    assert views == [STARTING, READY]
+    assert [known for known, _ in controller.asked] == [0, 1, 1, 4, 4]
+
+
+def test_a_controller_that_is_away_changes_nothing() -> None:
+    views, _ = seen(READY, ConnectionError("gone"), ConnectionError("gone"), READY)
+    assert views == [READY]
+
+
+def test_a_controller_that_starts_anew_does_not_make_anybody_forget() -> None:
+    again = replace(READY, version=3, placement=Placement(2, (), ()))
+    views, _ = seen(READY, ConnectionError("gone"), STARTING, replace(STARTING, percent=5), again)
+    assert views == [READY, again]
+
+
+def test_another_view_of_the_same_number_is_news() -> None:
+    """The versions of a controller that starts anew may by chance be where the last one's were."""
+    again = replace(READY, heads=())
+    assert seen(READY, again)[0] == [READY, again]
