@@ -24,6 +24,7 @@ from cluster.follow import WATCH_S, HeadReport
 from cluster.living import Change, LivingPlacement, Sizes
 from cluster.manifest import Manifest
 from cluster.placement import ClusterView, HeadInfo
+from cluster.schema import Move, Rebalancing
 from model.errors import ModelError
 from model.units import Unit
 
@@ -119,18 +120,34 @@ class Controller:
                 await asyncio.wait_for(self._changed.wait(), WATCH_S)
         return self._view
 
-    async def rebalance(self, *, dry_run: bool) -> Change | None:
+    async def rebalance(self, dry_run: bool) -> Rebalancing | None:
         """Plan anew for the load of now and, unless dry_run, have it done; returns what changes.
 
         None while the first placement is not there yet.
         """
         living = self._living
-        if living is None or not living.is_planned:
+        if living is None or self._view.placement is None:
             return None
         change = await asyncio.to_thread(living.proposal())
-        if change.moves and not dry_run:
+        is_adopted = bool(change.moves) and not dry_run
+        if is_adopted:
             self._adopt(living, change)
-        return change
+        return Rebalancing(
+            moves=[
+                Move(
+                    worker=self._workers[worker].name,
+                    layer=unit.layer,
+                    expert=unit.expert_id,
+                    slice_number=unit.slice_number,
+                    num_slices=unit.num_slices,
+                )
+                for worker, unit in change.moves
+            ],
+            busiest_before=change.before,
+            busiest_after=change.after,
+            gain=change.gain,
+            adopted=is_adopted,
+        )
 
     def check_health(self) -> None:
         """Called by Serve; a controller that supervises no more is replaced."""

@@ -284,6 +284,14 @@ class IngressMetrics(Registry):
         self._prompt_tokens = Counter(
             "maestrale_prompt_tokens", "Prompt tokens of accepted requests", registry=self.registry
         )
+        self._epoch = Gauge(
+            "maestrale_placement_epoch", "Placement that is in force", registry=self.registry
+        )
+        self._missing = Gauge(
+            "maestrale_experts_missing",
+            "Experts that no worker holds; rows for them wait",
+            registry=self.registry,
+        )
         self.in_progress = Gauge(
             "maestrale_requests_in_progress", "Completions in progress", registry=self.registry
         )
@@ -302,6 +310,11 @@ class IngressMetrics(Registry):
     def observe_request(self, endpoint: str, status: int, seconds: float) -> None:
         self._requests.labels(endpoint, str(status)).inc()
         self._seconds.labels(endpoint).observe(seconds)
+
+    def observe_placement(self, epoch: int, num_missing: int) -> None:
+        """What the controller last told."""
+        self._epoch.set(epoch)
+        self._missing.set(num_missing)
 
     def observe_prompt(self, num_tokens: int) -> None:
         self._prompt_tokens.inc(num_tokens)

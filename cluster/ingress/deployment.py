@@ -13,6 +13,7 @@ from ray import serve
 from cluster import rpc
 from cluster.config import ServeConfig
 from cluster.follow import follow
+from cluster.ingress import admin
 from cluster.ingress.api import create_app
 from cluster.ingress.auth import Access, read_api_keys
 from cluster.ingress.heads import HeadPool
@@ -86,6 +87,8 @@ class Ingress:
             ),
         )
 
+        self._app.include_router(admin.router(controller.rebalance.remote))
+
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._app
 
@@ -141,6 +144,7 @@ class Cluster:
             percent=view.percent,
             error=view.error,
             epoch=placement.epoch if placement else 0,
+            experts_missing=placement.num_missing if placement else 0,
             heads_ready=num_ready,
             heads_expected=view.heads_expected,
             workers=[
@@ -175,3 +179,5 @@ class Cluster:
     def _on_view(self, view: ClusterView) -> None:
         self._view = view
         self._heads.update(view.heads)
+        if view.placement is not None:
+            self._metrics.observe_placement(view.placement.epoch, view.placement.num_missing)
