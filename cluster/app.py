@@ -21,9 +21,10 @@ from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.serve.schema import ApplicationStatus
 from ray.util import list_named_actors
 
+from cluster.actors import NAMESPACE
 from cluster.client import Client
 from cluster.config import ServeConfig, is_loopback
-from cluster.controller import NAMESPACE, Controller
+from cluster.controller import Controller
 from cluster.errors import APIError, ConfigurationError, StartError
 from cluster.ingress.auth import KEYS_VARIABLE, read_api_keys
 from model.config import MixtralConfig

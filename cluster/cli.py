@@ -23,6 +23,7 @@ from cluster.console import (
     print_certificates,
     print_inspection,
     print_placement,
+    print_rebalancing,
     print_rows,
     tell_story,
 )
@@ -257,6 +258,22 @@ def quantize(
         BytesLine(f"writing {target}", total).add,
         attention_mode=attention_weights,
     )
+
+
+@app.command()
+def rebalance(
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only show what would move, and what it would gain.")
+    ] = False,
+    url: Annotated[
+        str | None, typer.Option(help="Server to ask; MAESTRALE_BASE_URL if left out.")
+    ] = None,
+) -> None:
+    """Move experts to where they are best for the load of now, while they are served."""
+    from cluster.client import Client
+
+    with Client(url) as client:
+        print_rebalancing(client.cluster.rebalance(dry_run=dry_run))
 
 
 @app.command()

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.config import GIB, MIB
-from cluster.schema import Readiness
+from cluster.schema import Readiness, Rebalancing
 from model.progress import Progress
 
 if TYPE_CHECKING:
@@ -121,6 +121,26 @@ def print_placement(readiness: Readiness) -> None:
         mib = f"{worker.num_bytes / MIB:,.1f}"
         table.add_row(worker.name, worker.address, str(worker.num_experts), mib)
     console.print(table)
+
+
+def print_rebalancing(found: Rebalancing) -> None:
+    """What moves, and how even the layers are before and after."""
+    if not found.moves:
+        console.print("Nothing to move: the placement is as good as it gets for this load.")
+        return
+    moves = _table("worker", "layer", "expert", "slice")
+    for move in found.moves:
+        part = f"{move.slice_number} of {move.num_slices}" if move.num_slices > 1 else ""
+        moves.add_row(move.worker, str(move.layer), str(move.expert), part)
+    console.print(moves)
+    shares = _table("layer", "busiest worker / mean", "afterwards")
+    for layer, each in enumerate(zip(found.busiest_before, found.busiest_after, strict=True)):
+        shares.add_row(str(layer), *(f"{share:.2f}" for share in each))
+    console.print(shares)
+    verb = "are being loaded" if found.adopted else "would be loaded"
+    console.print(
+        f"{len(found.moves)} experts {verb}; {found.gain:.1%} less time expected for experts"
+    )
 
 
 def tell_story(client: "Client", max_tokens: int) -> None:

@@ -10,30 +10,22 @@ import logging
 import secrets
 import time
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-import ray
 from ray import serve
-from ray.exceptions import RayActorError, RayError
 
+from cluster.actors import WorkerActor
 from cluster.config import ServeConfig
 from cluster.errors import MaestraleError
 from cluster.follow import WATCH_S, HeadReport
 from cluster.living import Change, LivingPlacement, Sizes
 from cluster.manifest import Manifest
 from cluster.placement import ClusterView, HeadInfo
+from cluster.schema import Move, Rebalancing
 from model.errors import ModelError
-from model.units import Unit
-
-if TYPE_CHECKING:
-    from cluster.placement import WorkerReport
 
 logger = logging.getLogger(__name__)
-
-NAMESPACE = "maestrale"
-"""Ray namespace of the expert workers."""
 
 BEAT_S = 1.0
 """Between heartbeats."""
@@ -41,43 +33,14 @@ BEAT_S = 1.0
 UNSETTLED_BEAT_S = 0.25
 """The same while something is to be loaded or dropped, so that it is heard of soon."""
 
-BEAT_TIMEOUT_S = 2.0
-
-MAX_MISSED_BEATS = 3
-"""A worker that has missed so many counts as dead: it is killed and replaced."""
-
-START_TIMEOUT_S = 120.0
-"""For a worker's first heartbeat: its process has to start."""
-
 HEAD_SILENT_AFTER_S = 6 * WATCH_S
 """A head that has not been heard of for so long is not handed out any more."""
-
-LOAD_AGAIN_S = 10.0
-"""After a failure to load: a shared disk may come back, a broken file will not."""
 
 REBALANCE_EVERY_S = 30.0
 """How often it is asked whether another placement would pay."""
 
 CACHE = Path("~/.cache/maestrale/manifests")
 """For manifests of checkpoints whose folder cannot be written."""
-
-
-@dataclass
-class _Worker:
-    """One expert worker as the controller knows it."""
-
-    index: int
-    name: str
-    quantization: str | None
-    actor: Any
-    incarnation: int | None = None
-    """None until it has been heard of."""
-    num_missed: int = 0
-    told: tuple[Unit, ...] = ()
-    """What it is to hold."""
-    error: str | None = None
-    tell_again_at: float = 0.0
-    """Not before this is it told again to load what it has failed to load."""
 
 
 class Controller:
@@ -88,7 +51,7 @@ class Controller:
         self._config = config
         self._app_name = serve.get_replica_context().app_name
         self._owner = secrets.token_hex(8)
-        self._workers: list[_Worker] = []
+        self._workers: list[WorkerActor] = []
         self._living: LivingPlacement | None = None
         self._heads: dict[str, tuple[HeadReport, float]] = {}
         self._view = ClusterView(
@@ -119,18 +82,34 @@ class Controller:
                 await asyncio.wait_for(self._changed.wait(), WATCH_S)
         return self._view
 
-    async def rebalance(self, *, dry_run: bool) -> Change | None:
+    async def rebalance(self, dry_run: bool) -> Rebalancing | None:
         """Plan anew for the load of now and, unless dry_run, have it done; returns what changes.
 
         None while the first placement is not there yet.
         """
         living = self._living
-        if living is None or not living.is_planned:
+        if living is None or self._view.placement is None:
             return None
         change = await asyncio.to_thread(living.proposal())
-        if change.moves and not dry_run:
+        is_adopted = bool(change.moves) and not dry_run
+        if is_adopted:
             self._adopt(living, change)
-        return change
+        return Rebalancing(
+            moves=[
+                Move(
+                    worker=self._workers[worker].name,
+                    layer=unit.layer,
+                    expert=unit.expert_id,
+                    slice_number=unit.slice_number,
+                    num_slices=unit.num_slices,
+                )
+                for worker, unit in change.moves
+            ],
+            busiest_before=change.before,
+            busiest_after=change.after,
+            gain=change.gain,
+            adopted=is_adopted,
+        )
 
     def check_health(self) -> None:
         """Called by Serve; a controller that supervises no more is replaced."""
@@ -140,9 +119,9 @@ class Controller:
     async def __del__(self) -> None:
         """Called by Serve before it ends the replica: release the workers that are still ours."""
         self._supervisor.cancel()
-        releases = [worker.actor.release.remote(self._owner) for worker in self._workers]
+        releases = [asyncio.ensure_future(worker.release()) for worker in self._workers]
         if releases:
-            await asyncio.wait([asyncio.ensure_future(_quietly(r)) for r in releases], timeout=5)
+            await asyncio.wait(releases, timeout=5)
 
     async def _supervise(self) -> None:
         """Start the workers and keep them; never returns."""
@@ -159,14 +138,12 @@ class Controller:
             await asyncio.Event().wait()
         self._living = living
         self._workers = [
-            _Worker(index, name, mode, self._start(name, mode))
-            for index, (name, mode) in enumerate(
-                zip(names, config.worker_quantization, strict=True)
-            )
+            WorkerActor(config, name, mode, self._owner)
+            for name, mode in zip(names, config.worker_quantization, strict=True)
         ]
         async with asyncio.TaskGroup() as tasks:
-            for worker in self._workers:
-                tasks.create_task(self._keep(worker, living, manifest))
+            for index, worker in enumerate(self._workers):
+                tasks.create_task(self._keep(index, worker, living, manifest))
             tasks.create_task(self._balance(living))
 
     def _read_checkpoint(self) -> tuple[Sizes, Manifest]:
@@ -191,93 +168,25 @@ class Controller:
         )
         return sizes, Manifest.of(folder, CACHE.expanduser())
 
-    def _start(self, name: str, quantization: str | None) -> Any:
-        """Start a worker, or find the one of this name that is still alive."""
-        # torch is only wanted in the workers
-        from cluster.expert.worker import ExpertWorker, WorkerSettings
-
-        config = self._config
-        settings = WorkerSettings(
-            name=name,
-            checkpoint=config.checkpoint_folder(),
-            dtype=config.dtype,
-            expert_quantization=quantization,
-            device=config.device,
-            num_threads=config.worker_threads,
-            network=config.network,
-            lease_s=config.lease_s,
-        )
-        logger.info("starting %s", name)
-        return (
-            ray.remote(ExpertWorker)
-            .options(
-                name=name,
-                namespace=NAMESPACE,
-                lifetime="detached",
-                get_if_exists=True,
-                num_cpus=config.worker_cpus,
-                num_gpus=config.worker_gpus,
-                resources=config.worker_resources,
-                max_concurrency=4,
-            )
-            .remote(settings)
-        )
-
-    async def _keep(self, worker: _Worker, living: LivingPlacement, manifest: Manifest) -> None:
-        """Hear from one worker again and again, tell it what to hold, start it again if it dies."""
+    async def _keep(
+        self, index: int, worker: WorkerActor, living: LivingPlacement, manifest: Manifest
+    ) -> None:
+        """Hear from one worker again and again, and tell it what to hold."""
         while True:
-            report = await self._beat(worker, living)
+            report = await worker.heartbeat(living.epoch)
             if report is None:
-                living.lose(worker.index)
+                living.lose(index)
+                self._go_on(living)
             else:
-                # a unit that is not what was loaded first counts as not held, and is ordered again
+                # a unit that is not what was loaded first counts as not held
                 sound = manifest.sound(report.held, worker.quantization)
-                living.hear(worker.index, replace(report, held=sound))
-                worker.error = report.error
-            self._go_on(living)
-            if report is not None:
-                await self._tell(worker, living, manifest)
+                living.hear(index, replace(report, held=sound))
+                self._go_on(living)
+                orders = living.orders(index)
+                expected = manifest.expected(orders, worker.quantization)
+                await worker.hold(orders, expected, is_wrong=len(sound) < len(report.held))
             beat_s = BEAT_S if living.is_settled else UNSETTLED_BEAT_S
             await asyncio.sleep(min(beat_s, self._config.lease_renewal_s))
-
-    async def _beat(self, worker: _Worker, living: LivingPlacement) -> "WorkerReport | None":
-        """Renew a worker's lease and hear from it; None once it is dead and another starts."""
-        while True:
-            timeout_s = START_TIMEOUT_S if worker.incarnation is None else BEAT_TIMEOUT_S
-            try:
-                report: WorkerReport = await asyncio.wait_for(
-                    worker.actor.heartbeat.remote(self._owner, living.epoch), timeout_s
-                )
-            except RayActorError as error:
-                logger.warning("%s is dead: %s", worker.name, _first_line(error))
-                worker.actor = self._start(worker.name, worker.quantization)
-                worker.incarnation, worker.num_missed = None, 0
-                return None
-            except (TimeoutError, RayError) as error:
-                worker.num_missed += 1
-                logger.warning(
-                    "%s missed %d heartbeats: %r",
-                    worker.name,
-                    worker.num_missed,
-                    _first_line(error),
-                )
-                if worker.num_missed >= MAX_MISSED_BEATS:
-                    ray.kill(worker.actor)
-                continue
-            if worker.incarnation != report.incarnation:
-                worker.incarnation, worker.told = report.incarnation, ()
-            worker.num_missed = 0
-            return report
-
-    async def _tell(self, worker: _Worker, living: LivingPlacement, manifest: Manifest) -> None:
-        """Say what to hold, if that is news or has failed a while ago."""
-        orders, now = living.orders(worker.index), time.monotonic()
-        if orders == worker.told and not (worker.error and now >= worker.tell_again_at):
-            return
-        worker.told, worker.tell_again_at = orders, now + LOAD_AGAIN_S
-        expected = manifest.expected(orders, worker.quantization)
-        with suppress(RayError):  # the next heartbeat says what is wrong
-            await worker.actor.hold.remote(orders, expected)
 
     def _go_on(self, living: LivingPlacement) -> None:
         """Take the next step of the placement, if what is known now allows one."""
@@ -353,13 +262,3 @@ class Controller:
             self._view = replace(view, version=self._view.version + 1)
             self._changed.set()
             self._changed = asyncio.Event()
-
-
-async def _quietly(reference: Any) -> None:
-    """Await a call to an actor that may be gone."""
-    with suppress(RayError):
-        await reference
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or repr(error)).splitlines()[0]

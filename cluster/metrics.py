@@ -290,6 +290,14 @@ class IngressMetrics(Registry):
             ["field"],
             registry=self.registry,
         )
+        self._epoch = Gauge(
+            "maestrale_placement_epoch", "Placement that is in force", registry=self.registry
+        )
+        self._missing = Gauge(
+            "maestrale_experts_missing",
+            "Experts that no worker holds; rows for them wait",
+            registry=self.registry,
+        )
         self.in_progress = Gauge(
             "maestrale_requests_in_progress", "Completions in progress", registry=self.registry
         )
@@ -312,6 +320,11 @@ class IngressMetrics(Registry):
     def observe_ignored(self, field: str) -> None:
         """field: one of schema.IGNORED, or other."""
         self._ignored.labels(field).inc()
+
+    def observe_placement(self, epoch: int, num_missing: int) -> None:
+        """What the controller last told."""
+        self._epoch.set(epoch)
+        self._missing.set(num_missing)
 
     def observe_prompt(self, num_tokens: int) -> None:
         self._prompt_tokens.inc(num_tokens)

@@ -74,13 +74,17 @@ class QuantizedCopy:
         """The copy in this folder; None where there is none. Raises CheckpointError."""
         return cls(folder, config) if (folder / MARKER).exists() else None
 
+    def file_of(self, unit: Unit) -> Path:
+        """The file that a unit is read from."""
+        return self._folder / _expert_file(unit.layer, unit.expert_id)
+
     def load_unit(self, unit: Unit, *, dtype: torch.dtype, device: torch.device) -> ExpertWeights:
         """One expert of one layer, or a slice of it, for rows of that dtype.
 
         Raises CheckpointError naming file and part; QuantizationError without the mode's library,
         or where groups of weights do not end where the slice does.
         """
-        path = self._folder / _expert_file(unit.layer, unit.expert_id)
+        path = self.file_of(unit)
         mode, shapes = self.expert_mode, _expert_shapes(self._config)
         parts = _load_parts(path, mode, shapes)
         if unit.num_slices > 1:

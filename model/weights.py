@@ -205,6 +205,16 @@ class Checkpoint:
         on_bytes(w2_DF.nbytes)
         return ExpertWeights(w13_2FD, w2_DF)
 
+    def files_of(self, unit: Unit) -> list[Path]:
+        """The files that a unit is read from."""
+        if self._copy is not None:
+            return [self._copy.file_of(unit)]
+        prefix = f"model.layers.{unit.layer}.block_sparse_moe.experts.{unit.expert_id}"
+        stored = (
+            self.sources[f"{prefix}.{name}.weight"].stored_name for name in ("w1", "w2", "w3")
+        )
+        return sorted({self.folder / self.files.file_of[name] for name in stored})
+
     def load_attention(self, layer: int, on_bytes: OnBytes = ignore_bytes) -> tuple[Weight, Weight]:
         """q, k and v of a layer as one matrix, and o. Raises CheckpointError naming the tensor."""
         if self._copy is not None and self._copy.attention_mode is not None:

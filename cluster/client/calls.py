@@ -31,6 +31,7 @@ from cluster.schema import (
     Model,
     ModelList,
     Readiness,
+    Rebalancing,
     Text,
     Tokens,
 )
@@ -139,6 +140,14 @@ def status(**params: Unpack[Options]) -> Same[Readiness]:
     Never sent again: that it is not ready is an answer. Raises APIError.
     """
     return _get("/ready", params, read_readiness, is_retried=False)
+
+
+def rebalance(*, dry_run: bool = False, **params: Unpack[Options]) -> Same[Rebalancing]:
+    """Have experts moved to where they are best for the load of now.
+
+    dry_run: only say what would move. Returns at once; nothing stops meanwhile. Raises APIError.
+    """
+    return _post("/admin/rebalance", {"dry_run": dry_run, **params}, Rebalancing)
 
 
 def metrics(**params: Unpack[Options]) -> Same[list[Sample]]:

@@ -101,9 +101,11 @@ class Cluster:
     def __init__(self, connection: Connection) -> None:
         self.status = connection.method(calls.status)
         self.metrics = connection.method(calls.metrics)
+        self.rebalance = connection.method(calls.rebalance)
 
 
 class AsyncCluster:
     def __init__(self, connection: AsyncConnection) -> None:
         self.status = connection.method(calls.status)
         self.metrics = connection.method(calls.metrics)
+        self.rebalance = connection.method(calls.rebalance)

@@ -4,8 +4,10 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from pathlib import Path
 
 from cluster.errors import ManifestError
+from cluster.manifest import FILE
 from model.experts import ExpertWeights, checksum
 from model.units import Unit
 
@@ -15,17 +17,23 @@ Load = Callable[[Unit], tuple[ExpertWeights, str]]
 """Reads a unit; returns it with the digest of what was read."""
 
 
+FilesOf = Callable[[Unit], Sequence[Path]]
+"""Where a unit is read from."""
+
+
 class Loader:
     """Keeps `held` at what was last asked for. Thread-safe; a thread of its own loads.
 
     A unit comes into `held` whole and checked, and so is never seen half loaded.
     """
 
-    def __init__(self, load: Load, held: MutableMapping[Unit, ExpertWeights], source: str) -> None:
-        """held: what calls are answered from. source: the checkpoint, for messages."""
+    def __init__(
+        self, load: Load, held: MutableMapping[Unit, ExpertWeights], files_of: FilesOf
+    ) -> None:
+        """held: what calls are answered from. files_of: for messages."""
         self._load = load
         self._held = held
-        self._source = source
+        self._files_of = files_of
         self._digests: dict[Unit, str] = {}
         self._checksums: dict[Unit, int] = {}
         """Of the units as they are held, to find out what happens to them in memory."""
@@ -112,8 +120,10 @@ class Loader:
             expected = self._expected.get(unit, digest)
             if digest != expected:
                 raise ManifestError(
-                    f"{self._source}: {unit} has the digest {digest[:16]}, the manifest says "
-                    f"{expected[:16]}: its file is damaged, or not the one that was loaded first"
+                    f"{unit}, read from {', '.join(map(str, self._files_of(unit)))}, has the "
+                    f"digest {digest[:16]}, the manifest says {expected[:16]}: the file is damaged "
+                    f"or was replaced since the first load; restore it, or delete the manifest "
+                    f"({FILE}) if the checkpoint is meant to be another"
                 )
             if unit in self._wanted:
                 self._digests[unit], self._checksums[unit] = digest, as_held

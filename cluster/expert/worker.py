@@ -66,7 +66,7 @@ class ExpertWorker:
         )
         self._checkpoint = checkpoint
         held: dict[Unit, ExpertWeights] = {}
-        self._loader = Loader(self._load, held, f"{settings.name}, {checkpoint.folder}")
+        self._loader = Loader(self._load, held, checkpoint.files_of)
         self._node = ray.get_runtime_context().get_node_id()
         self._metrics = metrics = WorkerMetrics()
         self._identity = rpc.Identity(

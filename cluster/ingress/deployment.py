@@ -14,7 +14,7 @@ from ray import serve
 from cluster import rpc
 from cluster.config import ServeConfig
 from cluster.follow import follow
-from cluster.ingress import users_grpc
+from cluster.ingress import admin, users_grpc
 from cluster.ingress.answerer import Answerer
 from cluster.ingress.api import create_app
 from cluster.ingress.auth import Access, read_api_keys
@@ -91,6 +91,8 @@ class Ingress:
             beside=_grpc_door(config, metrics, access),
         )
 
+        self._app.include_router(admin.router(controller.rebalance.remote))
+
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._app
 
@@ -165,6 +167,7 @@ class Cluster:
             percent=percent,
             error=view.error,
             epoch=placement.epoch if placement else 0,
+            experts_missing=placement.num_missing if placement else 0,
             heads_ready=num_ready,
             heads_expected=view.heads_expected,
             workers=[
@@ -199,3 +202,5 @@ class Cluster:
     def _on_view(self, view: ClusterView) -> None:
         self._view = view
         self._heads.update(view.heads)
+        if view.placement is not None:
+            self._metrics.observe_placement(view.placement.epoch, view.placement.num_missing)

@@ -275,9 +275,34 @@ class Readiness(Reply):
     percent: int
     error: str | None = None
     epoch: int
+    experts_missing: int = 0
+    """Experts that nobody holds now; rows for them wait until they are loaded again."""
     heads_ready: int
     heads_expected: int
     workers: list[WorkerStatus]
+
+
+class Move(Reply):
+    """An expert, or a slice of one, that a worker is to load."""
+
+    worker: str
+    layer: int
+    expert: int
+    slice_number: int = 0
+    num_slices: int = 1
+
+
+class Rebalancing(Reply):
+    """Reply of POST /admin/rebalance: what moves, and what that is expected to be good for."""
+
+    moves: list[Move]
+    busiest_before: list[float]
+    """Of each layer: the busiest worker's expected load, relative to the workers' mean."""
+    busiest_after: list[float]
+    gain: float
+    """Share of the experts' time that is expected to be saved."""
+    adopted: bool
+    """False for a dry run, and where nothing is to move."""
 
 
 class ErrorDetail(Reply):

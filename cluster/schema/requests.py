@@ -419,6 +419,15 @@ class ChatCompletionRequest(GenerationRequest, Rendering):
         return number
 
 
+class RebalanceRequest(BaseModel):
+    """Body of POST /admin/rebalance."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    dry_run: bool = False
+    """Only say what would move."""
+
+
 class ClassifyRequest(ModelRequest):
     """Body of POST /classify and /v1/classify."""
 

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.errors import PlacementError
+from cluster.packing import MOVE_PRICE
 from cluster.placement import Table, held_by
-from cluster.planning import MOVE_PRICE, Load, busiest, loads, moves, plan
+from cluster.planning import Load, busiest, loads, moves, plan
 
 TINY_LOAD = [
     [1568, 1797, 2384, 1966, 2070, 2127, 1990, 1884],

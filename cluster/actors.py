@@ -1,0 +1,145 @@
+"""An expert worker as the controller has it: an actor that is started, heard, told, replaced."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.exceptions import RayActorError, RayError
+
+from cluster.config import ServeConfig
+from model.units import Unit
+
+if TYPE_CHECKING:
+    from cluster.placement import WorkerReport
+
+logger = logging.getLogger(__name__)
+
+NAMESPACE = "maestrale"
+"""Ray namespace of the expert workers."""
+
+BEAT_TIMEOUT_S = 2.0
+
+MAX_MISSED_BEATS = 3
+"""A worker that has missed so many counts as dead: it is killed and replaced."""
+
+START_TIMEOUT_S = 120.0
+"""For a worker's first heartbeat: its process has to start."""
+
+LOAD_AGAIN_S = 10.0
+"""After a failure to load: a shared disk may come back, a broken file will not."""
+
+
+class WorkerActor:
+    """One worker by its name, whatever process it is at the moment. Owned by one event loop."""
+
+    def __init__(
+        self, config: ServeConfig, name: str, quantization: str | None, owner: str
+    ) -> None:
+        """Start it, or find the one of this name that is still alive. owner: of its lease."""
+        self.name = name
+        self.quantization = quantization
+        self.incarnation: int | None = None
+        """None until it has been heard of."""
+        self.error: str | None = None
+        """Why it has failed to load what it is to hold."""
+        self._config = config
+        self._owner = owner
+        self._actor = self._start()
+        self._num_missed = 0
+        self._told: tuple[Unit, ...] = ()
+        self._tell_again_at = 0.0
+
+    def __repr__(self) -> str:
+        return (
+            f"WorkerActor({self.name}, incarnation {self.incarnation}, "
+            f"{self._num_missed} beats missed, to hold {len(self._told)} units)"
+        )
+
+    async def heartbeat(self, epoch: int) -> "WorkerReport | None":
+        """Renew its lease and hear from it; None once it is dead and another is being started.
+
+        A worker that stays silent is killed, and so is dead in the end.
+        """
+        while True:
+            timeout_s = START_TIMEOUT_S if self.incarnation is None else BEAT_TIMEOUT_S
+            try:
+                report: WorkerReport = await asyncio.wait_for(
+                    self._actor.heartbeat.remote(self._owner, epoch), timeout_s
+                )
+            except RayActorError as error:
+                logger.warning("%s is dead: %s", self.name, _first_line(error))
+                self._actor = self._start()
+                self.incarnation, self._num_missed, self.error = None, 0, None
+                return None
+            except (TimeoutError, RayError) as error:
+                self._num_missed += 1
+                logger.warning(
+                    "%s missed %d heartbeats: %r", self.name, self._num_missed, _first_line(error)
+                )
+                if self._num_missed >= MAX_MISSED_BEATS:
+                    ray.kill(self._actor)
+                continue
+            if self.incarnation != report.incarnation:
+                self.incarnation, self._told = report.incarnation, ()
+            self._num_missed, self.error = 0, report.error
+            return report
+
+    async def hold(
+        self, units: tuple[Unit, ...], expected: Mapping[Unit, str], *, is_wrong: bool
+    ) -> None:
+        """Say what to hold, if that is news or has failed a while ago.
+
+        is_wrong: it holds something else than `expected` in the place of a unit.
+        """
+        now = time.monotonic()
+        has_failed = is_wrong or self.error is not None
+        if units == self._told and not (has_failed and now >= self._tell_again_at):
+            return
+        self._told, self._tell_again_at = units, now + LOAD_AGAIN_S
+        with suppress(RayError):  # the next heartbeat says what is wrong
+            await self._actor.hold.remote(units, expected)
+
+    async def release(self) -> None:
+        """End it, unless it has passed to another owner."""
+        with suppress(RayError):
+            await self._actor.release.remote(self._owner)
+
+    def _start(self) -> Any:
+        """A handle of it; starts it if there is none of this name."""
+        # torch is only wanted in the workers
+        from cluster.expert.worker import ExpertWorker, WorkerSettings
+
+        config = self._config
+        settings = WorkerSettings(
+            name=self.name,
+            checkpoint=config.checkpoint_folder(),
+            dtype=config.dtype,
+            expert_quantization=self.quantization,
+            device=config.device,
+            num_threads=config.worker_threads,
+            network=config.network,
+            lease_s=config.lease_s,
+        )
+        logger.info("starting %s", self.name)
+        return (
+            ray.remote(ExpertWorker)
+            .options(
+                name=self.name,
+                namespace=NAMESPACE,
+                lifetime="detached",
+                get_if_exists=True,
+                num_cpus=config.worker_cpus,
+                num_gpus=config.worker_gpus,
+                resources=config.worker_resources,
+                max_concurrency=4,
+            )
+            .remote(settings)
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0]

@@ -1,0 +1,119 @@
+"""A worker's process may be slow, silent or gone: the controller notices, and goes on."""
+
+import asyncio
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+from ray.exceptions import ActorDiedError
+
+from cluster import actors
+from cluster.actors import MAX_MISSED_BEATS, WorkerActor
+from cluster.config import ServeConfig
+from cluster.placement import WorkerReport
+from model.units import Unit
+
+A, B = Unit(0, 0), Unit(0, 1)
+
+
+def report(incarnation: int = 7, error: str | None = None) -> WorkerReport:
+    return WorkerReport("127.0.0.1:1", incarnation, "", 1, {}, 0, {}, error)
+
+
+class FakeActor:
+    """Ray's handle of a worker: answers heartbeats by a script, notes what it is told."""
+
+    def __init__(self) -> None:
+        self.beats: list[WorkerReport | Exception | None] = []
+        """None: no answer comes."""
+        self.told: list[tuple[Unit, ...]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        """`actor.method.remote(...)`, as Ray has it."""
+        method: Callable[..., Any] = getattr(type(self), f"do_{name}")
+        return type("Method", (), {"remote": staticmethod(lambda *args: method(self, *args))})
+
+    async def do_heartbeat(self, owner: str, epoch: int) -> WorkerReport:
+        assert (owner, epoch) == ("owner", 3)
+        answer = self.beats.pop(0)
+        if answer is None:
+            await asyncio.Event().wait()
+        if isinstance(answer, Exception):
+            raise answer
+        assert answer is not None
+        return answer
+
+    async def do_hold(self, units: tuple[Unit, ...], expected: Mapping[Unit, str]) -> None:
+        self.told.append(units)
+
+
+@pytest.fixture
+def actor(monkeypatch: pytest.MonkeyPatch) -> FakeActor:
+    fake = FakeActor()
+    monkeypatch.setattr(WorkerActor, "_start", lambda self: fake)
+    return fake
+
+
+@pytest.fixture
+def worker(actor: FakeActor) -> WorkerActor:
+    return WorkerActor(ServeConfig(), "worker-0", None, "owner")
+
+
+def test_a_silent_worker_is_killed_and_another_started(
+    worker: WorkerActor, actor: FakeActor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed: list[FakeActor] = []
+    monkeypatch.setattr(actors, "BEAT_TIMEOUT_S", 0.001)
+    monkeypatch.setattr("ray.kill", killed.append)
+    actor.beats = [report(), *[None] * MAX_MISSED_BEATS, ActorDiedError(), report(8)]
+
+    async def hear() -> list[int | None]:
+        beats = [await worker.heartbeat(3) for _ in range(3)]
+        return [beat and beat.incarnation for beat in beats]
+
+    assert asyncio.run(hear()) == [7, None, 8]
+    assert killed == [actor]
+
+
+def test_one_missed_beat_costs_nothing(
+    worker: WorkerActor, actor: FakeActor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(actors, "BEAT_TIMEOUT_S", 0.001)
+    actor.beats = [report(), None, report()]
+
+    async def hear() -> list[WorkerReport | None]:
+        return [await worker.heartbeat(3) for _ in range(2)]
+
+    assert asyncio.run(hear()) == [report(), report()]
+    assert "0 beats missed" in repr(worker)
+
+
+def test_orders_are_given_once_and_again_after_a_failure_or_to_a_new_process(
+    worker: WorkerActor, actor: FakeActor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    actor.beats = [report(), report(error="broken file"), report(8)]
+
+    async def order(*units: Unit, is_wrong: bool = False) -> int:
+        """How often it has been told by then."""
+        await worker.hold(units, {}, is_wrong=is_wrong)
+        return len(actor.told)
+
+    async def run() -> None:
+        nonlocal now
+        await worker.heartbeat(3)
+        assert [await order(A), await order(A), await order(A, B)] == [1, 1, 2]
+        await worker.heartbeat(3)
+        assert worker.error == "broken file"
+        assert await order(A, B) == 2  # not at once
+        now += actors.LOAD_AGAIN_S
+        assert await order(A, B) == 3
+        await worker.heartbeat(3)
+        assert worker.error is None
+        assert await order(A, B) == 4  # a new process knows nothing
+        now += actors.LOAD_AGAIN_S
+        assert await order(A, B) == 4
+        assert await order(A, B, is_wrong=True) == 5
+
+    asyncio.run(run())

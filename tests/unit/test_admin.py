@@ -1,0 +1,66 @@
+"""Operators ask, through the SDK, for a better placement; callers see what moves."""
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+
+from cluster.client import Client
+from cluster.console import console, print_rebalancing
+from cluster.errors import APIStatusError
+from cluster.ingress import admin, errors
+from cluster.schema import Move, Rebalancing
+
+FOUND = Rebalancing(
+    moves=[Move(worker="worker-1", layer=5, expert=2, slice_number=1, num_slices=2)],
+    busiest_before=[1.0, 1.76],
+    busiest_after=[1.0, 1.09],
+    gain=0.243,
+    adopted=False,
+)
+
+
+def client_of(answer: Rebalancing | None, asked: list[bool]) -> Client:
+    async def rebalance(dry_run: bool) -> Rebalancing | None:
+        asked.append(dry_run)
+        return answer
+
+    app = FastAPI()
+    app.include_router(admin.router(rebalance))
+    errors.install(app)
+    server = TestClient(app)
+
+    def answer_to(request: httpx.Request) -> httpx.Response:
+        reply = server.request(
+            request.method, str(request.url), content=request.content, headers=request.headers
+        )
+        return httpx.Response(reply.status_code, headers=reply.headers, content=reply.content)
+
+    return Client("http://testserver", transport=httpx.MockTransport(answer_to), max_retries=0)
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_the_sdk_gets_what_the_controller_found(dry_run: bool) -> None:
+    asked: list[bool] = []
+    with client_of(FOUND, asked) as client:
+        assert client.cluster.rebalance(dry_run=dry_run) == FOUND
+    assert asked == [dry_run]
+
+
+def test_before_the_first_placement_it_is_not_ready() -> None:
+    with (
+        client_of(None, []) as client,
+        pytest.raises(APIStatusError, match="not placed yet") as refused,
+    ):
+        client.cluster.rebalance()
+    assert refused.value.status_code == 503
+
+
+def test_people_are_told_what_moves_and_what_for() -> None:
+    with console.capture() as told:
+        print_rebalancing(FOUND)
+    for part in ("worker-1", "1 of 2", "1.76", "1.09", "1 experts would be loaded", "24.3%"):
+        assert part in told.get()
+    with console.capture() as told:
+        print_rebalancing(FOUND.model_copy(update={"moves": []}))
+    assert "Nothing to move" in told.get()
