@@ -171,10 +171,10 @@ class ServeConfig(BaseModel):
     Above the slowest honest answer: a full step on a slow CPU."""
     recovery_timeout_s: float = Field(default=60.0, gt=0)
     """How long rows of a lost worker wait for the controller to start another, seconds."""
-    head_timeout_s: float = Field(default=5.0, ge=2)
+    head_timeout_s: float = Field(default=10.0, ge=2)
     """How long a head may be silent before an ingress takes it for lost and lets another go on with
-    its requests, seconds. A head that lives says something twice a second. A broken connection is
-    noticed at once, whatever this says."""
+    its requests, seconds. A head that lives says something twice a second, but may starve on a busy
+    machine. A broken connection is noticed at once, whatever this says."""
     head_wait_s: float = Field(default=60.0, gt=0)
     """How long a request waits for a head when there is none, seconds. Above the time that Serve
     takes to start a head anew."""
