@@ -5,6 +5,9 @@ And its counterpart: how a caller shows the shared token. Costs nothing per mess
 
 import logging
 import secrets
+import threading
+import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
@@ -25,15 +28,26 @@ Deserializer = Callable[[bytes], Any]
 class Guard(grpc.ServerInterceptor):  # type: ignore[misc]
     """Lets in who proves to belong to the cluster, in the right role. Thread-safe.
 
-    Reasons for refusals: no_token, wrong_token, wrong_role, garbage, unknown_method. A peer whose
-    TLS handshake fails never gets here: gRPC logs it, and the peer is told.
+    Reasons for refusals: no_token, wrong_token, wrong_role, handshake, garbage, unknown_method.
     """
 
-    def __init__(self, security: Security, observe_refusal: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        security: Security,
+        observe_refusal: Callable[[str], None],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         """observe_refusal: called with the reason of every refusal, from any thread."""
         self._security = security
         self._observe = observe_refusal
         self._warnings = RareWarnings(logger)
+        self._handshakes = _Handshakes(clock)
+
+    def begin_handshake(self) -> None:
+        """A connection has begun its TLS handshake. Called by gRPC, from any thread."""
+        for _ in range(self._handshakes.begin()):
+            self._note("handshake", "a peer did not get through the TLS handshake, or never called")
 
     def intercept_service(self, continuation: Callable[..., Any], details: Any) -> Any:
         """The method's handler behind the checks, or one that only refuses. Called by gRPC."""
@@ -53,6 +67,7 @@ class Guard(grpc.ServerInterceptor):  # type: ignore[misc]
 
         def guarded(request: Any, context: grpc.ServicerContext) -> Any:
             if self._security.tls is not None:
+                self._handshakes.succeed(context.peer())
                 self._check_role(self._security.tls.role, method, context)
             return behaviour(request, context)
 
@@ -109,6 +124,47 @@ class Guard(grpc.ServerInterceptor):  # type: ignore[misc]
     def _note(self, reason: str, message: str) -> None:
         self._observe(reason)
         self._warnings.warn(reason, message)
+
+
+class _Handshakes:
+    """TLS handshakes that have begun, and the peers that came to call. Thread-safe.
+
+    gRPC tells of a handshake's beginning and of calls, but not of a handshake that failed: that is
+    one after which nobody new calls. All our processes call as soon as they are connected.
+    """
+
+    GRACE_S = 20.0
+    MAX_PEERS = 1_024
+    """Remembered, the newest; many more than are connected at a time."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._open: deque[float] = deque()
+        """When they began, of those after which nobody has called yet."""
+        self._peers: dict[str, None] = {}
+
+    def begin(self) -> int:
+        """Note one more; returns how many earlier ones have come to nothing since the last."""
+        now = self._clock()
+        num_failed = 0
+        with self._lock:
+            while self._open and now - self._open[0] > self.GRACE_S:
+                self._open.popleft()
+                num_failed += 1
+            self._open.append(now)
+        return num_failed
+
+    def succeed(self, peer: str) -> None:
+        """A peer calls: if it is new, then a handshake has led to it."""
+        with self._lock:
+            if peer in self._peers:
+                return
+            self._peers[peer] = None
+            if len(self._peers) > self.MAX_PEERS:
+                del self._peers[next(iter(self._peers))]
+            if self._open:
+                self._open.popleft()
 
 
 class WithToken(

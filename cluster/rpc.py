@@ -156,9 +156,10 @@ def new_server(
     Raises ConfigurationError when nothing can listen there, or nothing may.
     """
     security.check_host(host)
+    guard = Guard(security, observe_refusal)
     server = grpc.server(
         ThreadPoolExecutor(max_workers=MAX_STREAMS + _SHORT_CALLS, thread_name_prefix="grpc"),
-        interceptors=[Guard(security, observe_refusal)],
+        interceptors=[guard],
         options=CHANNEL_OPTIONS,
         maximum_concurrent_rpcs=MAX_STREAMS + _SHORT_CALLS,
     )
@@ -167,7 +168,8 @@ def new_server(
         if security.tls is None:
             port = server.add_insecure_port(f"{bracketed}:0")
         else:
-            port = server.add_secure_port(f"{bracketed}:0", _server_credentials(security.tls))
+            credentials = _server_credentials(security.tls, guard.begin_handshake)
+            port = server.add_secure_port(f"{bracketed}:0", credentials)
     except RuntimeError as error:
         raise ConfigurationError(f"cannot listen on {host}: {error}") from error
     return server, f"{bracketed}:{port}"
@@ -193,7 +195,7 @@ def new_aio_channel(address: str, security: Security, to: Role) -> grpc.aio.Chan
     return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS, interceptors=interceptors)
 
 
-def _server_credentials(tls: TlsFiles) -> grpc.ServerCredentials:
+def _server_credentials(tls: TlsFiles, on_connection: Callable[[], None]) -> grpc.ServerCredentials:
     """Of a server that asks for certificates, and reads its own anew for each connection."""
     newest = tls.read()
 
@@ -204,6 +206,7 @@ def _server_credentials(tls: TlsFiles) -> grpc.ServerCredentials:
 
     def changed() -> grpc.ServerCertificateConfiguration | None:
         nonlocal newest
+        on_connection()
         try:
             found = tls.read()
         except ConfigurationError as error:

@@ -113,16 +113,16 @@ class Security:
             tls.check()
             return cls(tls)
         token = None
-        if network.cluster_token is not None:
-            token = _read_token(network.cluster_token, environ)
+        if network.cluster_token_from is not None:
+            token = _read_token(network.cluster_token_from, environ)
         return cls(token=token, allow_plaintext=network.allow_plaintext)
 
     def check_host(self, host: str) -> None:
         """Raise ConfigurationError unless a server may listen on this IP address."""
         if not (is_loopback(host) or self.tls or self.token or self.allow_plaintext):
             raise ConfigurationError(
-                f"{host} is not loopback: set tls_folder (see `maestrale certs`), cluster_token, "
-                "or, if that network is yours alone, allow_plaintext_network"
+                f"{host} is not loopback: set tls_folder (see `maestrale certs`), "
+                "cluster_token_from, or, if that network is yours alone, allow_plaintext_network"
             )
 
 

@@ -17,6 +17,7 @@ from cluster import rpc
 from cluster.head.engine import Engine, Event
 from cluster.head.messages import to_load, to_sequence, to_spec, to_step_events
 from cluster.head.sequence import Sequence
+from cluster.log import RareWarnings
 from cluster.metrics import HeadMetrics
 from model.errors import GrammarError, SamplingError
 from model.grammar import GrammarCompiler
@@ -117,6 +118,7 @@ class HeadService(head_pb2_grpc.HeadServicer):
         self._compilers = ThreadPoolExecutor(_COMPILING_THREADS, thread_name_prefix="grammars")
         self._identity = identity
         self._metrics = metrics
+        self._warnings = RareWarnings(logger)
         self._outboxes: set[StreamOutbox] = set()
         self._is_draining = False
 
@@ -175,7 +177,8 @@ class HeadService(head_pb2_grpc.HeadServicer):
                 self._take(request, outbox, compiling)
         except grpc.RpcError:
             logger.info("%s: ingress %s hung up", self._identity.name, peer)
-        outbox.close()
+        finally:
+            outbox.close()  # whatever it was: a stream that nobody reads must not stay open
 
     def _take(
         self, request: head_pb2.HeadRequest, outbox: StreamOutbox, compiling: _Compiling
@@ -187,7 +190,8 @@ class HeadService(head_pb2_grpc.HeadServicer):
                 if not compiling.abort(request.abort.request_id):
                     self._engine.abort(outbox, request.abort.request_id)
             case None:
-                logger.warning("%s: an empty request was ignored", self._identity.name)
+                self._metrics.observe_refusal("garbage")
+                self._warnings.warn("empty", f"{self._identity.name}: ignored an empty request")
 
     def _submit(self, submit: head_pb2.Submit, outbox: StreamOutbox, compiling: _Compiling) -> None:
         request_id = submit.request_id

@@ -18,7 +18,7 @@ from tests.streams import prompts, tell_all
 def main(num_streams: int, max_tokens: int) -> None:
     config = ServeConfig(dtype="float32", num_heads=2)
     with running(config, port=0) as client:
-        until(lambda: client.ready().heads_ready == 2, "the second head", timeout_s=60)
+        until(lambda: client.cluster.status().heads_ready == 2, "the second head", timeout_s=60)
         name = next(
             actor["name"]
             for actor in list_named_actors(all_namespaces=True)
@@ -34,9 +34,13 @@ def main(num_streams: int, max_tokens: int) -> None:
         after = 20 * num_streams
         stories = tell_all(client, prompts(num_streams), max_tokens, stop_one, after)
         ray.get(stopped)
-        until(lambda: client.ready().heads_ready == 1, "the head to go")
-        metrics = client.metrics()
-    json.dump({"texts": [story.text for story in stories], "metrics": metrics}, sys.stdout)
+        until(lambda: client.cluster.status().heads_ready == 1, "the head to go")
+        replays = {
+            sample.labels["cause"]: sample.value
+            for sample in client.cluster.metrics()
+            if sample.name == "maestrale_replays_total"
+        }
+    json.dump({"texts": [story.text for story in stories], "replays": replays}, sys.stdout)
 
 
 if __name__ == "__main__":

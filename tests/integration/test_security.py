@@ -13,7 +13,8 @@ import pytest
 from cluster import rpc
 from cluster.certs import LIFETIME, Authority, write_certificates
 from cluster.errors import ExpertsUnavailableError, HandshakeError, MaestraleError
-from cluster.head.dispatch import PlacementFeed, WorkerStream
+from cluster.head.routes import PlacementFeed
+from cluster.head.stream import WorkerStream
 from cluster.metrics import ServerMetrics
 from cluster.placement import WorkerInfo
 from cluster.security import Role, Security, TlsFiles
@@ -133,7 +134,7 @@ def start() -> Iterator[Start]:
 
 def connect(server: EchoServer, security: Security) -> None:
     """Open a head's stream to a worker. Raises what a head would see."""
-    WorkerStream(server.info, rpc.Identity("head", "model", security), timeout_s=5).close()
+    WorkerStream(server.info, rpc.Identity("head", "model", security)).close()
 
 
 # --- those who belong here ---
@@ -246,8 +247,9 @@ def test_a_head_cannot_pose_as_a_worker(folder: Path, start: Start) -> None:
 
 
 def test_peers_that_share_no_ca_do_not_connect(
-    folder: Path, foreign: Path, start: Start, tmp_path: Path
+    folder: Path, foreign: Path, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("cluster.guard._Handshakes.GRACE_S", 0.0)
     server = start(tls(folder, "worker"))
     with pytest.raises(ExpertsUnavailableError, match="not signed by our CA"):
         connect(server, tls(foreign, "head"))
@@ -255,6 +257,8 @@ def test_peers_that_share_no_ca_do_not_connect(
     stranger = with_other(folder, tmp_path / "stranger", "head", foreign, "head")
     with pytest.raises(ExpertsUnavailableError, match="wants TLS or another certificate"):
         connect(server, tls(stranger, "head"))
+    connect(server, tls(folder, "head"))
+    assert server.refusals == {"handshake": 2}
 
 
 def test_a_caller_without_a_certificate_does_not_connect(folder: Path, start: Start) -> None:

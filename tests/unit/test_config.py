@@ -66,7 +66,11 @@ def test_a_network_is_only_used_knowingly(host: str) -> None:
 
 @pytest.mark.parametrize(
     "fields",
-    [{"tls_folder": "certs"}, {"cluster_token": "token"}, {"cluster_token": "environment"}],
+    [
+        {"tls_folder": "certs"},
+        {"cluster_token_from": "token"},
+        {"cluster_token_from": "environment"},
+    ],
 )
 def test_a_network_may_be_used_where_peers_are_known(fields: dict[str, Any]) -> None:
     network = ServeConfig(data_plane_host="10.1.2.3", **fields).network
@@ -77,7 +81,7 @@ def test_a_network_may_be_used_where_peers_are_known(fields: dict[str, Any]) -> 
 
 def test_certificates_and_a_token_exclude_each_other() -> None:
     with pytest.raises(ValidationError, match="exclude each other"):
-        ServeConfig(tls_folder=Path("certs"), cluster_token="environment")
+        ServeConfig(tls_folder=Path("certs"), cluster_token_from="environment")
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1"])
@@ -89,6 +93,26 @@ def test_loopback_needs_no_permission(host: str) -> None:
 def test_a_data_plane_host_is_an_address(host: str) -> None:
     with pytest.raises(ValidationError, match="no IP address"):
         ServeConfig(data_plane_host=host, allow_plaintext_network=True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"grpc_host": "0.0.0.0"}, "cross the network in the clear"),
+        ({"grpc_host": "localhost"}, "no IP address"),
+        ({"grpc_certificate": "a.pem"}, "go together"),
+        ({"grpc_key": "a.pem"}, "go together"),
+        ({"grpc_port": 0}, "grpc_port"),
+        ({"grpc_port": 65_536}, "grpc_port"),
+    ],
+)
+def test_users_grpc_is_open_to_a_network_only_encrypted_or_knowingly(
+    fields: dict[str, Any], problem: str
+) -> None:
+    with pytest.raises(ValidationError, match=problem):
+        ServeConfig(**fields)
+    ServeConfig(grpc_host="0.0.0.0", grpc_certificate=Path("a.pem"), grpc_key=Path("b.pem"))
+    ServeConfig(grpc_host="0.0.0.0", allow_plaintext_network=True)
 
 
 @pytest.mark.parametrize("gpus", [{}, {"head_gpus": 1}, {"worker_gpus": 0.5}])

@@ -10,8 +10,10 @@ from typer.testing import CliRunner
 
 from cluster.certs import LIFETIME, Authority, write_certificates
 from cluster.cli import app
-from cluster.config import Network, is_loopback
+from cluster.config import Network, ServeConfig, is_loopback
+from cluster.configure import gather
 from cluster.errors import ConfigurationError
+from cluster.ingress.auth import KEYS_VARIABLE
 from cluster.security import ROLES, TOKEN_VARIABLE, Security
 
 NOW = datetime.now(UTC)
@@ -130,22 +132,29 @@ def test_a_ca_in_change_may_be_two(folder: Path) -> None:
 def test_a_token_comes_from_its_file_or_the_environment_and_is_never_shown(tmp_path: Path) -> None:
     file = tmp_path / "token"
     file.write_text(f"{TOKEN}\n")
-    from_file = Security.load(Network(cluster_token=file), "worker", {})
+    from_file = Security.load(Network(cluster_token_from=file), "worker", {})
     environ = {TOKEN_VARIABLE: TOKEN}
-    from_environment = Security.load(Network(cluster_token="environment"), "worker", environ)
+    from_environment = Security.load(Network(cluster_token_from="environment"), "worker", environ)
     assert from_file.token == from_environment.token == TOKEN
     assert TOKEN not in repr(from_file)
     assert Security.load(Network(), "worker", environ).token is None  # only if configured
 
 
+@pytest.mark.parametrize("variable", [TOKEN_VARIABLE, KEYS_VARIABLE])
+def test_a_variable_with_secrets_is_no_setting(variable: str) -> None:
+    """Else they would be shown with the settings, and travel to every node."""
+    config = gather(file=None, environ={variable: TOKEN}, flags={}).config
+    assert config == ServeConfig()
+
+
 @pytest.mark.parametrize("token", ["", "short", "two words of a token", "ü" * 20, "x" * 2000])
 def test_a_token_that_is_none_is_refused_without_being_shown(token: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=TOKEN_VARIABLE) as from_environment:
-        Security.load(Network(cluster_token="environment"), "head", {TOKEN_VARIABLE: token})
+        Security.load(Network(cluster_token_from="environment"), "head", {TOKEN_VARIABLE: token})
     file = tmp_path / "token"
     file.write_text(token)
     with pytest.raises(ConfigurationError, match=str(file)) as from_file:
-        Security.load(Network(cluster_token=file), "head", {})
+        Security.load(Network(cluster_token_from=file), "head", {})
     if token:
         assert token not in f"{from_environment.value}{from_file.value}"
 
