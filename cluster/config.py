@@ -195,10 +195,10 @@ class ServeConfig(BaseModel):
     answer, it waits eight times as long as the worker's slowest recent answer to such a call."""
     recovery_timeout_s: float = Field(default=60.0, gt=0)
     """How long rows that no connected worker can compute wait for one that can, seconds."""
-    head_timeout_s: float = Field(default=5.0, ge=2)
+    head_timeout_s: float = Field(default=10.0, ge=2)
     """How long a head may be silent before an ingress takes it for lost and lets another go on with
-    its requests, seconds. A head that lives says something twice a second. A broken connection is
-    noticed at once, whatever this says."""
+    its requests, seconds. A head that lives says something twice a second, but may starve on a busy
+    machine. A broken connection is noticed at once, whatever this says."""
     head_wait_s: float = Field(default=60.0, gt=0)
     """How long a request waits for a head when there is none, seconds. Above the time that Serve
     takes to start a head anew."""

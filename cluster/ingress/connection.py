@@ -191,6 +191,7 @@ class HeadConnection:
             reason = rpc.describe(error)
         except HandshakeError as error:
             reason = str(error)
+            logger.warning("%s cannot be used: %s", self.head.name, reason)
         finally:
             self._lose(reason)
 
@@ -215,7 +216,8 @@ class HeadConnection:
         if self.loss:
             return
         self.loss = HeadLostError(f"{self.head.name} at {self.head.address}: {reason}")
-        logger.log(level, "%s", self)
+        # one that was never reached is called again and again, as long as it is listed
+        logger.log(level if self.load else logging.INFO, "%s", self)
         for events in self._events.values():
             events.put_nowait(self.loss)
         self._on_change()

@@ -22,8 +22,11 @@ from cluster.placement import HeadInfo
 
 logger = logging.getLogger(__name__)
 
-REST_S = 0.2
-"""Pause before a head is called again whose stream broke."""
+RECONNECT_S = 0.1
+"""Pause before a head is called again whose stream broke: perhaps only the connection did."""
+
+UNREACHABLE_S = 1.0
+"""Pause before a head is called again that could not be reached at all."""
 
 
 class HeadPool:
@@ -123,6 +126,7 @@ class HeadPool:
         """Entered by one suspect at a time, which may leave early, and by all others at once."""
         async with AsyncExitStack() as stack:
             if tries.is_suspect:
+                await self._candidates_in_time(tries)  # else each in its turn would wait so long
                 await stack.enter_async_context(self._one_suspect)
             yield stack
 
@@ -137,14 +141,16 @@ class HeadPool:
 
         Raises HeadUnavailableError when none has come in time.
         """
-        if not (heads := self._candidates(tries)):
-            heads = await self._some_candidates(tries)
+        heads = await self._candidates_in_time(tries)
         keys = block_keys(ids, salt) if len(self._connections) > 1 else []
         head = min(heads, key=lambda head: cost(head.standing(keys), len(ids)))
         head.remember(keys)
         return head
 
-    async def _some_candidates(self, tries: Tries) -> list[HeadConnection]:
+    async def _candidates_in_time(self, tries: Tries) -> list[HeadConnection]:
+        """Heads that may take a request, at least one, as soon as there are any."""
+        if heads := self._candidates(tries):
+            return heads
         if not self._num_waiting:
             logger.warning("requests wait for a head replica: %s", self)
         self._num_waiting += 1
@@ -201,7 +207,8 @@ class HeadPool:
                 self._closing.add(task)
                 task.add_done_callback(self._closing.discard)
                 self._resting.add(head)
-                asyncio.get_running_loop().call_later(REST_S, self._rested, head)
+                rest_s = RECONNECT_S if connection.load else UNREACHABLE_S
+                asyncio.get_running_loop().call_later(rest_s, self._rested, head)
         for head in self._heads:
             if head not in self._connections and head not in self._resting:
                 self._connections[head] = HeadConnection(

@@ -1,5 +1,8 @@
 """Heads and controller killed under streams of the whole service: nobody who reads notices."""
 
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -35,6 +38,21 @@ def alone(mixtral: Mixtral) -> list[str]:
 def client(two_heads: Service) -> Iterator[Client]:
     with two_heads.client() as client:
         yield client
+
+
+def test_a_head_that_serve_stops_hands_its_streams_over(alone: list[str]) -> None:
+    program = [sys.executable, "-m", "tests.integration.drain_a_head"]
+    ended = subprocess.run(
+        [*program, str(NUM_STREAMS), str(MAX_TOKENS)],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    told = json.loads(ended.stdout.splitlines()[-1])
+    assert told["texts"] == alone
+    assert list(told["replays"]) == ["moved"]
 
 
 def report(what: str, stories: list[Story]) -> None:
