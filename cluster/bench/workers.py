@@ -180,7 +180,7 @@ def _serve(
             identity,
             metrics,
         )
-        server, address = rpc.new_server("127.0.0.1")
+        server, address = rpc.new_server("127.0.0.1", observe_refusal=metrics.observe_refusal)
         if unix_socket is not None:
             server.add_insecure_port(f"unix:{unix_socket}")
         server.add_generic_rpc_handlers((service.handler(),))
