@@ -14,7 +14,7 @@ COUNTED := awk '/^Collecting /{printf "\r  %3d packages, now %-40s", ++n, $$2; f
 	/^Installing collected/{printf "\r  %3d packages, installing them %-30s\n", n, ""; fflush()}'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test test-unit test-soak check wheel protos bench bench-peers clean
+.PHONY: help demo serve test test-unit test-clients test-soak check wheel protos bench bench-peers clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -31,6 +31,9 @@ test: check  ## Checks, unit tests, integration tests
 
 test-unit: $(VENV)/.dev  ## Unit tests alone: no network, no Ray, under a minute
 	$(BIN)/python -m pytest -q -n 2 tests/unit
+
+test-clients: $(VENV)/.clients  ## Other people's clients and tools against our API: minutes
+	$(BIN)/python -m pytest -q -s tests/clients
 
 test-soak: $(VENV)/.dev  ## Minutes-long runs, for tests/bench/RESULTS.md
 	$(BIN)/python -m pytest -q -s tests/soak
@@ -77,4 +80,9 @@ $(VENV)/.server: pyproject.toml | $(VENV)/bin/python
 $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
 	@echo "installing maestrale[dev] into $(VENV): minutes the first time"
 	@$(BIN)/pip install --progress-bar off -e '.[dev]' | $(COUNTED)
+	@touch $@
+
+$(VENV)/.clients: $(VENV)/.dev
+	@echo "installing maestrale[clients] into $(VENV)"
+	@$(BIN)/pip install --progress-bar off -e '.[clients]' | $(COUNTED)
 	@touch $@

@@ -137,7 +137,9 @@ def running(
     check_checkpoint(config)
     keys = check_access(config, host)
     port = free_port(host) if port == 0 else port
-    check_port(host, port)
+    check_port(host, port, "--port")
+    if config.grpc_port is not None:
+        check_port(config.grpc_host, config.grpc_port, "--grpc-port")
     on_phase("starting Ray", 0)
     with _ray(address, config, verbose=verbose):
         try:
@@ -191,14 +193,14 @@ def _wait_until_ready(client: Client, on_phase: OnPhase) -> None:
             return
 
 
-def check_port(host: str, port: int) -> None:
-    """Raise ConfigurationError unless something can listen there."""
+def check_port(host: str, port: int, flag: str) -> None:
+    """Raise ConfigurationError unless something can listen there. flag: what says otherwise."""
     try:
         with socket.create_server((host, port)):
             pass
     except OSError as error:
         raise ConfigurationError(
-            f"cannot listen on {host}:{port}: {error.strerror or error}; choose another with --port"
+            f"cannot listen on {host}:{port}: {error.strerror or error}; choose another with {flag}"
         ) from error
 
 

@@ -151,6 +151,9 @@ def serve(
     allow_open_http: Annotated[
         bool, typer.Option("--allow-open-http", help="Serve a network without keys.")
     ] = False,
+    grpc_port: Annotated[
+        int | None, typer.Option(help="Port of the users' gRPC API; none if left out.")
+    ] = None,
     dtype: DType = None,
     address: Annotated[
         str | None, typer.Option(help="Ray cluster to run on; a Ray of its own if left out.")
@@ -177,6 +180,7 @@ def serve(
         attention_quantization=attention_weights,
         api_keys_file=api_keys_file,
         allow_open_http=allow_open_http or None,
+        grpc_port=grpc_port,
     ).config
     with (
         _stopped_by_signals(),
@@ -190,7 +194,10 @@ def serve(
         ) as client,
     ):
         print_placement(client.cluster.status())
-        console.print(f"Serving {config.model_id()} at {client.base_url}/v1 (Ctrl-C stops)")
+        by_grpc = f", by gRPC at {config.grpc_host}:{grpc_port}" if grpc_port else ""
+        console.print(
+            f"Serving {config.model_id()} at {client.base_url}/v1{by_grpc} (Ctrl-C stops)"
+        )
         while True:
             signal.pause()
 

@@ -100,7 +100,18 @@ class ServeConfig(BaseModel):
     worker_threads: int = Field(default=1, ge=1)
     """Compute threads of a worker on CPU. More threads than cores over all workers cost dearly."""
     worker_memory_bytes: int | None = Field(default=None, ge=1)
-    """Bytes of experts a worker may hold. None: no bound, experts are spread evenly."""
+    """Bytes of experts a worker may hold; while experts move, one more than fits. What is left is
+    for copies of those with the most load. None: no bound, and no such copies."""
+    expert_copies: int = Field(default=1, ge=1, le=16)
+    """Copies of each expert, at least, on different workers. With 2 nothing waits when a worker
+    dies; with 1 rows wait until its experts are loaded again."""
+    expert_slices: int = Field(default=1, ge=1, le=64)
+    """Workers that share each copy of an expert, each with an equal slice of its intermediate
+    dimension; num_workers must be a multiple. For low latency with few workers: all of them work on
+    every row, for one more message per row each."""
+    rebalance_gain: float | None = Field(default=0.1, gt=0, lt=1)
+    """Share of the experts' time that another placement must be expected to save before experts are
+    moved. Expected from counted rows, whose noise is a few percent. None: only on demand."""
     head_cpus: float = Field(default=0.2, ge=0)
     """CPUs that Ray reserves for a head."""
     head_gpus: float = Field(default=0, ge=0)
@@ -151,6 +162,18 @@ class ServeConfig(BaseModel):
     allowed_origins: tuple[str, ...] = ()
     """Sites whose pages may call from a browser (CORS), such as https://example.org; `*`: all."""
 
+    grpc_port: int | None = Field(default=None, ge=1, le=65535)
+    """Port of the users' gRPC API, on every node with an ingress. Ingresses on one node share it:
+    the kernel gives each connection to one of them. None: no gRPC for users."""
+    grpc_host: str = "127.0.0.1"
+    """IP address that it listens on. Other than loopback needs grpc_certificate, or
+    allow_plaintext_network."""
+    grpc_certificate: Path | None = None
+    """PEM file with the certificate chain that gRPC callers see, at this path on every node with an
+    ingress; they need none themselves. None: their calls are not encrypted."""
+    grpc_key: Path | None = None
+    """PEM file with the certificate's private key."""
+
     data_plane_host: str = "127.0.0.1"
     """Address that heads and workers listen on for gRPC, and by which others reach them. On several
     hosts it must be `node`: the address by which Ray knows the node a process is on. Other than
@@ -167,10 +190,11 @@ class ServeConfig(BaseModel):
     knowingly."""
 
     expert_timeout_s: float = Field(default=30.0, gt=0)
-    """How long a head waits for a worker's answer before it takes the worker for lost, seconds.
-    Above the slowest honest answer: a full step on a slow CPU."""
+    """How long a head waits for a worker's answer before it takes the worker for lost, seconds, at
+    most. Above the slowest honest answer: a full step on a slow CPU. Where another copy could
+    answer, it waits eight times as long as the worker's slowest recent answer to such a call."""
     recovery_timeout_s: float = Field(default=60.0, gt=0)
-    """How long rows of a lost worker wait for the controller to start another, seconds."""
+    """How long rows that no connected worker can compute wait for one that can, seconds."""
     head_timeout_s: float = Field(default=5.0, ge=2)
     """How long a head may be silent before an ingress takes it for lost and lets another go on with
     its requests, seconds. A head that lives says something twice a second. A broken connection is
@@ -178,8 +202,13 @@ class ServeConfig(BaseModel):
     head_wait_s: float = Field(default=60.0, gt=0)
     """How long a request waits for a head when there is none, seconds. Above the time that Serve
     takes to start a head anew."""
-    lease_s: float = Field(default=15.0, ge=1)
-    """Workers end by themselves when the controller has not renewed their lease for so long."""
+    cross_check_share: float = Field(default=0.001, ge=0, le=1)
+    """Share of the rows for experts with several copies that a second copy computes as well, beside
+    the answers, to find memory or a processor that has gone bad. 0: none."""
+    lease_s: float = Field(default=60.0, ge=1)
+    """Workers end by themselves when the controller has not renewed their lease for so long. Above
+    the time that Serve takes to start a controller anew, also on a busy machine: streams go on
+    without one, but not without workers."""
 
     @model_validator(mode="before")
     @classmethod
@@ -211,6 +240,22 @@ class ServeConfig(BaseModel):
                 "would cross the network in the clear, and anybody could connect. Set tls_folder "
                 "(`maestrale certs` fills one), cluster_token_from, or, if that network is yours "
                 "alone, allow_plaintext_network: true"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_users_grpc(self) -> Self:
+        try:
+            is_safe = is_loopback(self.grpc_host)
+        except ValueError as error:
+            raise ValueError(f"grpc_host {self.grpc_host!r} is no IP address") from error
+        if (self.grpc_certificate is None) != (self.grpc_key is None):
+            raise ValueError("grpc_certificate and grpc_key go together")
+        if not (is_safe or self.grpc_certificate or self.allow_plaintext_network):
+            raise ValueError(
+                f"grpc_host {self.grpc_host} is not loopback: prompts, answers and keys would "
+                "cross the network in the clear. Set grpc_certificate and grpc_key, or "
+                "allow_plaintext_network: true if that network is yours alone"
             )
         return self
 
@@ -258,8 +303,9 @@ class ServeConfig(BaseModel):
 
     @property
     def lease_renewal_s(self) -> float:
-        """How often the controller renews: three times within a lease."""
-        return self.lease_s / 3
+        """Within which the controller renews, and a worker answers: three times within a lease, and
+        soon enough to notice a worker that hangs."""
+        return min(5.0, self.lease_s / 3)
 
     def checkpoint_folder(self) -> Path:
         """The folder to load from. Raises CheckpointError when there is no such model."""

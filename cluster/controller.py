@@ -1,7 +1,8 @@
-"""The controller: starts expert workers, places the experts, watches, and publishes who is where.
+"""The controller: starts expert workers, says what each is to hold, and publishes who is where.
 
 A Ray Serve deployment with one replica. Never on the path of a token: heads and ingresses keep the
-last view they heard. A restarted controller finds its workers again by their names.
+last view they heard. A restarted controller finds its workers again by their names, and learns from
+them what they hold. What to do is decided by `living`; this carries it out.
 """
 
 import asyncio
@@ -10,6 +11,7 @@ import secrets
 import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -19,54 +21,67 @@ from ray.exceptions import RayActorError, RayError
 from cluster.config import ServeConfig
 from cluster.errors import MaestraleError
 from cluster.follow import WATCH_S, HeadReport
-from cluster.placement import (
-    ClusterView,
-    HeadInfo,
-    Placement,
-    Table,
-    WorkerInfo,
-    held_by,
-)
-from cluster.planning import plan
+from cluster.living import Change, LivingPlacement, Sizes
+from cluster.manifest import Manifest
+from cluster.placement import ClusterView, HeadInfo
 from model.errors import ModelError
 from model.units import Unit
 
 if TYPE_CHECKING:
-    from cluster.expert.worker import WorkerReport
+    from cluster.placement import WorkerReport
 
 logger = logging.getLogger(__name__)
 
 NAMESPACE = "maestrale"
 """Ray namespace of the expert workers."""
 
-LOADING_BEAT_S = 0.25
-"""Between heartbeats while something is still loading, so that progress is seen."""
+BEAT_S = 1.0
+"""Between heartbeats."""
+
+UNSETTLED_BEAT_S = 0.25
+"""The same while something is to be loaded or dropped, so that it is heard of soon."""
+
+BEAT_TIMEOUT_S = 2.0
+
+MAX_MISSED_BEATS = 3
+"""A worker that has missed so many counts as dead: it is killed and replaced."""
+
+START_TIMEOUT_S = 120.0
+"""For a worker's first heartbeat: its process has to start."""
 
 HEAD_SILENT_AFTER_S = 6 * WATCH_S
 """A head that has not been heard of for so long is not handed out any more."""
 
-MAX_MISSED_BEATS = 3
-
 LOAD_AGAIN_S = 10.0
 """After a failure to load: a shared disk may come back, a broken file will not."""
+
+REBALANCE_EVERY_S = 30.0
+"""How often it is asked whether another placement would pay."""
+
+CACHE = Path("~/.cache/maestrale/manifests")
+"""For manifests of checkpoints whose folder cannot be written."""
 
 
 @dataclass
 class _Worker:
     """One expert worker as the controller knows it."""
 
+    index: int
     name: str
     quantization: str | None
-    units: list[Unit]
     actor: Any
-    report: "WorkerReport | None" = None
+    incarnation: int | None = None
+    """None until it has been heard of."""
     num_missed: int = 0
-    load_again_at: float = 0.0
-    """Not before this may it be told to load again after a failure."""
+    told: tuple[Unit, ...] = ()
+    """What it is to hold."""
+    error: str | None = None
+    tell_again_at: float = 0.0
+    """Not before this is it told again to load what it has failed to load."""
 
 
 class Controller:
-    """Owns the placement. All state belongs to the replica's event loop."""
+    """Carries out the living placement. All state belongs to the replica's event loop."""
 
     def __init__(self, config: ServeConfig) -> None:
         """Must run on the replica's event loop."""
@@ -74,8 +89,8 @@ class Controller:
         self._app_name = serve.get_replica_context().app_name
         self._owner = secrets.token_hex(8)
         self._workers: list[_Worker] = []
+        self._living: LivingPlacement | None = None
         self._heads: dict[str, tuple[HeadReport, float]] = {}
-        self._epoch = 0
         self._view = ClusterView(
             version=1,
             phase="starting expert workers",
@@ -104,6 +119,19 @@ class Controller:
                 await asyncio.wait_for(self._changed.wait(), WATCH_S)
         return self._view
 
+    async def rebalance(self, *, dry_run: bool) -> Change | None:
+        """Plan anew for the load of now and, unless dry_run, have it done; returns what changes.
+
+        None while the first placement is not there yet.
+        """
+        living = self._living
+        if living is None or not living.is_planned:
+            return None
+        change = await asyncio.to_thread(living.proposal())
+        if change.moves and not dry_run:
+            self._adopt(living, change)
+        return change
+
     def check_health(self) -> None:
         """Called by Serve; a controller that supervises no more is replaced."""
         if self._supervisor.done():
@@ -118,27 +146,31 @@ class Controller:
 
     async def _supervise(self) -> None:
         """Start the workers and keep them; never returns."""
+        config = self._config
+        names = [f"{self._app_name}-worker-{index}" for index in range(config.num_workers)]
         try:
-            table = await asyncio.to_thread(self._plan)
+            sizes, manifest = await asyncio.to_thread(self._read_checkpoint)
+            living = LivingPlacement(sizes, names, drain_s=config.expert_timeout_s)
+            living.proposal()()  # is there room at all?
         except (MaestraleError, ModelError) as error:
             # Another start would fail the same way: say so, to whoever asks, until deleted.
             logger.error("nothing can be placed: %s", error)
             self._set_view(replace(self._view, phase="failed", error=str(error)))
             await asyncio.Event().wait()
-        for index, mode in enumerate(self._config.worker_quantization):
-            name = f"{self._app_name}-worker-{index}"
-            units = held_by(table, index)
-            self._workers.append(_Worker(name, mode, units, self._start(name, mode)))
-        while True:
-            await asyncio.gather(*(self._beat(worker) for worker in self._workers))
-            self._publish_if_moved(table)
-            self._update_view()
-            await asyncio.sleep(
-                min(1.0, self._config.lease_renewal_s) if self._all_loaded() else LOADING_BEAT_S
+        self._living = living
+        self._workers = [
+            _Worker(index, name, mode, self._start(name, mode))
+            for index, (name, mode) in enumerate(
+                zip(names, config.worker_quantization, strict=True)
             )
+        ]
+        async with asyncio.TaskGroup() as tasks:
+            for worker in self._workers:
+                tasks.create_task(self._keep(worker, living, manifest))
+            tasks.create_task(self._balance(living))
 
-    def _plan(self) -> Table:
-        """Which worker is to hold what. Reads the checkpoint's headers."""
+    def _read_checkpoint(self) -> tuple[Sizes, Manifest]:
+        """What is to be placed, from the headers, and what was read of it before."""
         # torch is not wanted before a replica runs
         from model.weights import Checkpoint, torch_dtype
 
@@ -149,12 +181,15 @@ class Controller:
             for mode in set(config.worker_quantization)
         }
         model = as_held[config.worker_quantization[0]].config
-        return plan(
+        sizes = Sizes(
             num_layers=model.num_hidden_layers,
             num_experts=model.num_local_experts,
-            expert_bytes=[as_held[mode].expert_bytes for mode in config.worker_quantization],
-            budgets=[config.worker_memory_bytes] * config.num_workers,
+            expert_bytes=tuple(as_held[mode].expert_bytes for mode in config.worker_quantization),
+            budgets=(config.worker_memory_bytes,) * config.num_workers,
+            num_copies=config.expert_copies,
+            num_slices=config.expert_slices,
         )
+        return sizes, Manifest.of(folder, CACHE.expanduser())
 
     def _start(self, name: str, quantization: str | None) -> Any:
         """Start a worker, or find the one of this name that is still alive."""
@@ -188,62 +223,96 @@ class Controller:
             .remote(settings)
         )
 
-    async def _beat(self, worker: _Worker) -> None:
-        """Renew one worker's lease and hear from it; start it again if it is dead."""
-        timeout_s = self._config.lease_renewal_s
-        if worker.report is None:
-            timeout_s = 120.0  # its process is still starting
-        try:
-            report = await asyncio.wait_for(
-                worker.actor.heartbeat.remote(self._owner, self._epoch), timeout_s
-            )
-        except RayActorError as error:
-            logger.warning("%s is dead: %s", worker.name, _first_line(error))
-            worker.report, worker.num_missed = None, 0
-            worker.actor = self._start(worker.name, worker.quantization)
+    async def _keep(self, worker: _Worker, living: LivingPlacement, manifest: Manifest) -> None:
+        """Hear from one worker again and again, tell it what to hold, start it again if it dies."""
+        while True:
+            report = await self._beat(worker, living)
+            if report is None:
+                living.lose(worker.index)
+            else:
+                # a unit that is not what was loaded first counts as not held, and is ordered again
+                sound = manifest.sound(report.held, worker.quantization)
+                living.hear(worker.index, replace(report, held=sound))
+                worker.error = report.error
+            self._go_on(living)
+            if report is not None:
+                await self._tell(worker, living, manifest)
+            beat_s = BEAT_S if living.is_settled else UNSETTLED_BEAT_S
+            await asyncio.sleep(min(beat_s, self._config.lease_renewal_s))
+
+    async def _beat(self, worker: _Worker, living: LivingPlacement) -> "WorkerReport | None":
+        """Renew a worker's lease and hear from it; None once it is dead and another starts."""
+        while True:
+            timeout_s = START_TIMEOUT_S if worker.incarnation is None else BEAT_TIMEOUT_S
+            try:
+                report: WorkerReport = await asyncio.wait_for(
+                    worker.actor.heartbeat.remote(self._owner, living.epoch), timeout_s
+                )
+            except RayActorError as error:
+                logger.warning("%s is dead: %s", worker.name, _first_line(error))
+                worker.actor = self._start(worker.name, worker.quantization)
+                worker.incarnation, worker.num_missed = None, 0
+                return None
+            except (TimeoutError, RayError) as error:
+                worker.num_missed += 1
+                logger.warning(
+                    "%s missed %d heartbeats: %r",
+                    worker.name,
+                    worker.num_missed,
+                    _first_line(error),
+                )
+                if worker.num_missed >= MAX_MISSED_BEATS:
+                    ray.kill(worker.actor)
+                continue
+            if worker.incarnation != report.incarnation:
+                worker.incarnation, worker.told = report.incarnation, ()
+            worker.num_missed = 0
+            return report
+
+    async def _tell(self, worker: _Worker, living: LivingPlacement, manifest: Manifest) -> None:
+        """Say what to hold, if that is news or has failed a while ago."""
+        orders, now = living.orders(worker.index), time.monotonic()
+        if orders == worker.told and not (worker.error and now >= worker.tell_again_at):
             return
-        except (TimeoutError, RayError) as error:
-            worker.num_missed += 1
-            logger.warning(
-                "%s missed %d heartbeats: %r", worker.name, worker.num_missed, _first_line(error)
-            )
-            if worker.num_missed >= MAX_MISSED_BEATS:
-                ray.kill(worker.actor)
-            return
-        is_new = worker.report is None or worker.report.incarnation != report.incarnation
-        worker.report, worker.num_missed = report, 0
-        self._epoch = max(self._epoch, report.epoch)
+        worker.told, worker.tell_again_at = orders, now + LOAD_AGAIN_S
+        expected = manifest.expected(orders, worker.quantization)
+        with suppress(RayError):  # the next heartbeat says what is wrong
+            await worker.actor.hold.remote(orders, expected)
+
+    def _go_on(self, living: LivingPlacement) -> None:
+        """Take the next step of the placement, if what is known now allows one."""
         now = time.monotonic()
-        if is_new or (report.error and now >= worker.load_again_at):
-            worker.load_again_at = now + LOAD_AGAIN_S
-            await worker.actor.load.remote(worker.units)
-
-    def _all_loaded(self) -> bool:
-        return all(worker.report and worker.report.is_loaded for worker in self._workers)
-
-    def _publish_if_moved(self, table: Table) -> None:
-        """Publish a placement of the next epoch if all is loaded and anything has moved."""
-        if not self._all_loaded():
-            return
-        infos = tuple(
-            WorkerInfo(
-                worker.name,
-                worker.report.address,
-                worker.report.incarnation,
-                worker.report.loaded_bytes,
-            )
-            for worker in self._workers
-            if worker.report
-        )
-        if self._view.placement is None or self._view.placement.workers != infos:
-            self._epoch += 1
-            placement = Placement(self._epoch, infos, table)
-            logger.info("placement %d: %s", self._epoch, infos)
+        if not living.is_planned and living.has_heard_all:
+            self._adopt(living, living.proposal()())
+        living.drain([head.epoch for head, _ in self._heads.values()], now)
+        if (placement := living.publish(now)) is not None:
+            logger.info("placement %d: %s", placement.epoch, placement.workers)
             self._set_view(replace(self._view, placement=placement))
+        self._update_view()
+
+    async def _balance(self, living: LivingPlacement) -> None:
+        """Adopt a better plan whenever there is one that is worth it."""
+        while True:
+            await asyncio.sleep(REBALANCE_EVERY_S)
+            if self._config.rebalance_gain is None or not (
+                living.is_settled and living.has_heard_all
+            ):
+                continue
+            change = await asyncio.to_thread(living.proposal())
+            if change.moves and change.gain >= self._config.rebalance_gain and living.is_settled:
+                self._adopt(living, change)
+
+    def _adopt(self, living: LivingPlacement, change: Change) -> None:
+        logger.info(
+            "new plan: %d units to load, busiest workers of the layers %s x the mean",
+            len(change.moves),
+            [round(share, 2) for share in change.after],
+        )
+        living.adopt(change.table)
 
     def _update_view(self) -> None:
         """Derive phase, percent and heads from what is known now."""
-        now = time.monotonic()
+        living, now = self._living, time.monotonic()
         self._heads = {
             name: (report, heard)
             for name, (report, heard) in self._heads.items()
@@ -251,14 +320,11 @@ class Controller:
         }
         heads = [report for report, _ in self._heads.values()]
         ready = tuple(HeadInfo(h.name, h.address) for h in heads if h.address)
-        errors = [f"{h.name}: {h.error}" for h in heads if h.error] + [
-            f"{worker.name}: {worker.report.error}"
-            for worker in self._workers
-            if worker.report and worker.report.error
-        ]
-        if not self._workers:
+        errors = [f"{head.name}: {head.error}" for head in heads if head.error]
+        errors += [f"{worker.name}: {worker.error}" for worker in self._workers if worker.error]
+        if living is None:
             return  # nothing is planned yet, or nothing can be
-        phase, percent = self._progress(bool(ready))
+        phase, percent = self._progress(living, has_head=bool(ready))
         self._set_view(
             replace(
                 self._view,
@@ -269,14 +335,16 @@ class Controller:
             )
         )
 
-    def _progress(self, has_head: bool) -> tuple[str, int]:
-        reports = [worker.report for worker in self._workers if worker.report]
-        if len(reports) < len(self._workers):
-            return "starting expert workers", 10 * len(reports) // len(self._workers)
-        loaded = sum(report.num_loaded for report in reports)
-        wanted = sum(report.num_wanted for report in reports)
-        if not self._all_loaded():
-            return "loading experts", 10 + 80 * loaded // max(1, wanted)
+    def _progress(self, living: LivingPlacement, *, has_head: bool) -> tuple[str, int]:
+        placement = self._view.placement
+        if not living.is_planned:
+            num_heard = sum(worker.incarnation is not None for worker in self._workers)
+            return "starting expert workers", 10 * num_heard // len(self._workers)
+        if placement is None:
+            num_loaded = living.num_wanted - living.num_missing
+            return "loading experts", 10 + 80 * num_loaded // max(1, living.num_wanted)
+        if placement.num_missing:
+            return f"reloading {placement.num_missing} experts that nobody holds", 90
         return ("ready", 100) if has_head else ("starting head replicas", 90)
 
     def _set_view(self, view: ClusterView) -> None:

@@ -3,10 +3,12 @@
     MaestraleError
     ├── ConfigurationError        a setting or flag is wrong; says which and what to do
     ├── PlacementError            the experts cannot be placed on the workers there are
+    ├── ManifestError             weights are not those that were loaded first
     ├── StartError                the service cannot get ready, and why
     ├── WireError                 bytes from a peer break the protocol
     ├── HandshakeError            a peer speaks another version or serves another model
     ├── ExpertsUnavailableError   an expert worker did not answer, answered wrongly or is gone
+    │   └── CallRefusedError      ... or cannot take a call now, and is well otherwise
     ├── ExpertFailedError         an expert worker says that a call cannot be computed
     ├── BenchError                what a benchmark measures failed, so there is no number
     ├── HeadUnavailableError      no head replica can take or finish a request
@@ -46,6 +48,10 @@ class PlacementError(MaestraleError):
     """The experts cannot be placed on the workers there are."""
 
 
+class ManifestError(MaestraleError):
+    """Weights are not those that the checkpoint's manifest says were loaded first."""
+
+
 class StartError(MaestraleError):
     """The service cannot get ready; a worker or head said why."""
 
@@ -60,6 +66,10 @@ class HandshakeError(MaestraleError):
 
 class ExpertsUnavailableError(MaestraleError):
     """An expert worker did not answer in time, answered wrongly or is gone."""
+
+
+class CallRefusedError(ExpertsUnavailableError):
+    """An expert worker does not hold what is asked for, or has too much to do already."""
 
 
 class ExpertFailedError(MaestraleError):

@@ -24,11 +24,13 @@ class HeadReport:
     """What a head replica tells the controller with every call.
 
     address: where it takes requests, None while it is not ready. error: why it never will be.
+    epoch: of the placement it goes by, 0 while it knows none.
     """
 
     name: str
     address: str | None = None
     error: str | None = None
+    epoch: int = 0
 
 
 async def follow(

@@ -162,6 +162,27 @@ class HeadMetrics(ServerMetrics):
         self._blocks = Gauge(
             "maestrale_kv_blocks", "Blocks of the KV cache", registry=self.registry
         )
+        self._lost_workers = Counter(
+            "maestrale_expert_worker_losses",
+            "Expert workers that broke off or did not answer in time",
+            registry=self.registry,
+        )
+        self._resent_rows = Counter(
+            "maestrale_expert_rows_resent",
+            "Rows of experts that were sent again after a loss or refusal",
+            registry=self.registry,
+        )
+        self._cross_checks = Counter(
+            "maestrale_expert_cross_checks",
+            "Rows that a second copy computed too, by outcome; damaged and unexplained are alarms",
+            ["outcome"],
+            registry=self.registry,
+        )
+        self._rows_waited = Counter(
+            "maestrale_expert_rows_waited_seconds",
+            "Time that steps stood still since no worker could be asked",
+            registry=self.registry,
+        )
 
     def observe(self, stats: StepStats) -> None:
         self._tokens.inc(stats.num_tokens)
@@ -177,6 +198,19 @@ class HeadMetrics(ServerMetrics):
         self._free_blocks.set(stats.num_free_blocks)
         self._blocks.set(stats.num_blocks)
 
+    def observe_lost_worker(self) -> None:
+        """A worker broke off or did not answer in time."""
+        self._lost_workers.inc()
+
+    def observe_resent(self, num_rows: int, waited_s: float) -> None:
+        """Rows of experts were sent a second time, after so long without anybody to ask."""
+        self._resent_rows.inc(num_rows)
+        self._rows_waited.inc(waited_s)
+
+    def observe_cross_check(self, outcome: str) -> None:
+        """outcome: agreed, damaged (a copy's weights had changed), unexplained or unanswered."""
+        self._cross_checks.labels(outcome).inc()
+
     def observe_idle(self, *, num_free_blocks: int) -> None:
         """No sequence is left."""
         self._running.set(0)
@@ -189,6 +223,7 @@ class WorkerMetrics(ServerMetrics):
 
     def __init__(self) -> None:
         super().__init__("expert")
+        self._row_counts: dict[tuple[int, int], int] = {}
         self._rows = Counter(
             "maestrale_expert_rows",
             "Rows that an expert computed",
@@ -213,12 +248,18 @@ class WorkerMetrics(ServerMetrics):
     def observe_pass(self, counts: Iterable[tuple[Unit, int]], seconds: float) -> None:
         """One grouped computation of some rows for each unit, possibly for several calls."""
         for unit, num_rows in counts:
+            key = (unit.layer, unit.expert_id)
+            self._row_counts[key] = self._row_counts.get(key, 0) + num_rows
             self._rows.labels(str(unit.layer), str(unit.expert_id)).inc(num_rows)
             self._passes.inc()
         self._seconds.inc(seconds)
 
+    def row_counts(self) -> dict[tuple[int, int], int]:
+        """Rows computed so far, by layer and expert. From any thread."""
+        return self._row_counts.copy()
+
     def observe_call(self, outcome: str) -> None:
-        """outcome: ok, invalid, not_held or internal."""
+        """outcome: ok, invalid, not_held, busy or internal."""
         self._calls.labels(outcome).inc()
 
 
@@ -243,6 +284,12 @@ class IngressMetrics(Registry):
         self._prompt_tokens = Counter(
             "maestrale_prompt_tokens", "Prompt tokens of accepted requests", registry=self.registry
         )
+        self._ignored = Counter(
+            "maestrale_ignored_fields",
+            "Fields of requests that nothing looks at, by name; those that nobody knows are other",
+            ["field"],
+            registry=self.registry,
+        )
         self.in_progress = Gauge(
             "maestrale_requests_in_progress", "Completions in progress", registry=self.registry
         )
@@ -261,6 +308,10 @@ class IngressMetrics(Registry):
     def observe_request(self, endpoint: str, status: int, seconds: float) -> None:
         self._requests.labels(endpoint, str(status)).inc()
         self._seconds.labels(endpoint).observe(seconds)
+
+    def observe_ignored(self, field: str) -> None:
+        """field: one of schema.IGNORED, or other."""
+        self._ignored.labels(field).inc()
 
     def observe_prompt(self, num_tokens: int) -> None:
         self._prompt_tokens.inc(num_tokens)

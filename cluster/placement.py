@@ -3,6 +3,7 @@
 Pure: no network, no clock, no torch. `planning` decides who is to hold what.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from model.units import Unit
@@ -30,6 +31,28 @@ class WorkerInfo:
 
 
 @dataclass(frozen=True)
+class WorkerReport:
+    """What an expert worker says with every heartbeat.
+
+    node:      where it runs.
+    epoch:     the highest that it was told, by any controller.
+    held:      the units that it can be asked for, with the digest of what was read for each.
+    num_bytes: of these.
+    rows:      how many it has computed since its start, by layer and expert.
+    error:     why it failed to load a unit, until it is told again what to hold.
+    """
+
+    address: str
+    incarnation: int
+    node: str
+    epoch: int
+    held: Mapping[Unit, str]
+    num_bytes: int
+    rows: Mapping[tuple[int, int], int]
+    error: str | None
+
+
+@dataclass(frozen=True)
 class Placement:
     """Where every expert is. Immutable; each change has a new epoch."""
 
@@ -41,6 +64,11 @@ class Placement:
         """Index of the worker to ask."""
         (worker,) = self.table[layer][expert_id][0]
         return worker
+
+    @property
+    def num_missing(self) -> int:
+        """Experts that nobody holds now."""
+        return sum(not copies for layer in self.table for copies in layer)
 
     def num_experts_of(self, worker: int) -> int:
         """How many units a worker holds."""

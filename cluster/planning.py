@@ -74,21 +74,17 @@ def plan(
     by_node = sorted(range(len(budgets)), key=lambda worker: (nodes[worker], worker))
     crews = [tuple(by_node[i : i + num_slices]) for i in range(0, len(by_node), num_slices)]
     needed = num_layers * num_experts
-
-    def room(worker: int) -> int:
-        budget, slice_bytes = budgets[worker], -(-expert_bytes[worker] // num_slices)
-        return needed if budget is None or not slice_bytes else min(needed, budget // slice_bytes)
-
-    rooms = [min(room(worker) for worker in crew) for crew in crews]
-    if sum(rooms) < needed * num_copies:
+    of_workers = rooms(needed, expert_bytes, budgets, num_slices)
+    of_crews = [min(of_workers[worker] for worker in crew) for crew in crews]
+    if sum(of_crews) < needed * num_copies:
         raise PlacementError(
             f"no room for {num_copies} x {needed} experts of {max(expert_bytes, default=0):,} "
             f"bytes: {len(budgets)} workers may hold {sum(b or 0 for b in budgets):,} bytes, which "
-            f"is room for {sum(rooms)}; add workers or raise worker_memory_bytes"
+            f"is room for {sum(of_crews)}; add workers or raise worker_memory_bytes"
         )
     task = _Task(
         load=_scaled(load or [[1.0] * num_experts] * num_layers, len(crews)),
-        rooms=rooms,
+        rooms=of_crews,
         takes_more=[all(budgets[worker] is not None for worker in crew) for crew in crews],
         nodes=[nodes[crew[0]] for crew in crews],
         num_copies=num_copies,
@@ -103,6 +99,21 @@ def plan(
     return tuple(
         tuple(tuple(crews[site] for site in sites) for sites in layer) for layer in best.sites
     )
+
+
+def rooms(
+    num_units: int,
+    expert_bytes: Sequence[int],
+    budgets: Sequence[int | None],
+    num_slices: int = 1,
+) -> list[int]:
+    """How many of all units each worker has room for; see `plan` for the rest."""
+    return [
+        num_units
+        if budget is None or not of_one
+        else min(num_units, budget // -(-of_one // num_slices))
+        for of_one, budget in zip(expert_bytes, budgets, strict=True)
+    ]
 
 
 def loads(table: Table, load: Load, num_workers: int) -> list[list[float]]:

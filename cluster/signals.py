@@ -11,19 +11,20 @@ Expert = tuple[int, int]
 class HeadLoad:
     """How one head has fared since its last report. HeadReport is to carry it.
 
-    Of StepStats, over the steps of that time: where there was none, fills and times are 0.
+    From the engine's Load, and from StepStats over the steps of that time: where there was none,
+    step_fill and times are 0.
     """
 
     name: str
     kv_fill: float
-    """Part of its KV blocks that is taken: 1 - num_free_blocks / num_blocks."""
+    """Part of its KV blocks that is taken: 1 - num_free_tokens / num_cache_tokens."""
     step_fill: float
     """How full its steps are: the mean of num_tokens / max_tokens_per_step or of num_sequences /
     max_running_sequences, whichever is larger."""
     wait_s: float
     """How long the sequence has waited that waits longest to be admitted, seconds."""
     num_open: int
-    """Sequences that run or wait."""
+    """Sequences that run or wait: Load.num_requests."""
     own_s: float
     """T_a: seconds of StepStats.parts that are neither experts nor transfer."""
     experts_s: float

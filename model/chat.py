@@ -101,6 +101,7 @@ class ChatFormat:
 
     def __init__(self, tokenizer: Tokenizer, template: str = MISTRAL_V1_TEMPLATE) -> None:
         """Raises ConfigError when the template does not parse."""
+        self.template = template
         self._tokenizer = tokenizer
         # nobody can put into a message what he cannot foresee
         self._nonce = secrets.token_hex(16)

@@ -51,6 +51,18 @@ class ExpertWeights:
         return self.w13_2FD.nbytes + self.w2_DF.nbytes
 
 
+def checksum(weights: ExpertWeights) -> int:
+    """Of all values as they are held in memory: no single bit can flip without changing it."""
+    total = 0
+    for weight in (weights.w13_2FD, weights.w2_DF):
+        for tensor in (weight,) if isinstance(weight, Tensor) else weight.tensors:
+            values = tensor.reshape(-1).view(torch.uint8)
+            num_whole = len(values) // 8 * 8
+            whole = values[:num_whole].view(torch.int64).sum()  # wraps round, which is as good
+            total = 31 * total + int(whole) + int(values[num_whole:].sum())
+    return total
+
+
 @dataclass(frozen=True)
 class Assignments:
     """Which rows go to which expert with what weight, sorted by unit, then by row.

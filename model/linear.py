@@ -31,6 +31,11 @@ class Matrix(Protocol):
         """Memory that it takes, scales included."""
         ...
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Codes, scales and whatever else it is held as."""
+        ...
+
     def linear(self, x_RI: Tensor) -> Tensor:
         """What `F.linear(x, matrix)` is for a plain tensor, in the dtype of x."""
         ...

@@ -78,6 +78,10 @@ class Int8Matrix:
     def nbytes(self) -> int:
         return self.codes_OI.nbytes + self.scales_O.nbytes
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.codes_OI, self.scales_O)
+
     def linear(self, x_RI: Tensor) -> Tensor:
         product_RO: Tensor
         if widening_pays(x_RI, _INT8_ROWS_PER_THREAD):
@@ -119,6 +123,10 @@ class Int4Matrix:
     def nbytes(self) -> int:
         return self.codes.nbytes + self.scales_OG.nbytes + self.zeros_OG.nbytes
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.codes, self.scales_OG, self.zeros_OG)
+
     def linear(self, x_RI: Tensor) -> Tensor:
         centred_OP = unpack_int4(self.codes).to(x_RI.dtype).sub_(8)
         weight_OGx = centred_OP.view(*self.scales_OG.shape, INT4_GROUP)
@@ -147,6 +155,10 @@ class PackedInt4Matrix:
     @property
     def nbytes(self) -> int:
         return self.packed.nbytes + self.scales_and_zeros_GO2.nbytes
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.packed, self.scales_and_zeros_GO2)
 
     def linear(self, x_RI: Tensor) -> Tensor:
         assert x_RI.dtype == self.scales_and_zeros_GO2.dtype, f"rows are {x_RI.dtype}"

@@ -85,6 +85,10 @@ class Nf4Matrix:
     nbytes: int
     matmul_4bit: Callable[[Tensor, Tensor, Any], Tensor]
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.codes, self.state.absmax
+
     def linear(self, x_RI: Tensor) -> Tensor:
         return self.matmul_4bit(x_RI, self.codes, self.state)
 

@@ -5,10 +5,13 @@ map the whole file writable, which Linux refuses for a file larger than memory a
 worker wants a small part of it (seen with 200 GB on a machine of 24 GB).
 """
 
+import hashlib
 import json
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -84,6 +87,7 @@ class SafetensorsFile:
                         if not num_read:
                             raise CheckpointError(f"{self.path}: the file ends within {name}")
                         unread = unread[num_read:]
+                    _count_in(row.data)
         except OSError as error:
             raise CheckpointError(f"{self.path}: {name} cannot be read: {error}") from error
 
@@ -120,9 +124,30 @@ class PickleFile:
         rows = out.view(1, -1) if row_stride is None else out
         stored = self._tensors[name].view(-1)[offset:]
         rows.copy_(stored.as_strided(rows.shape, (row_stride or 0, 1), stored.storage_offset()))
+        _count_in(rows.view(torch.uint8).numpy().data)
 
 
 WeightFile = SafetensorsFile | PickleFile
+
+_digest: ContextVar["hashlib._Hash | None"] = ContextVar("digest of what is read", default=None)
+
+
+@contextmanager
+def digested() -> Iterator["hashlib._Hash"]:
+    """SHA-256 over all values that the block reads from weight files in this thread: as they are
+    stored, before any conversion, in the order in which they are read.
+    """
+    digest = hashlib.sha256()
+    token = _digest.set(digest)
+    try:
+        yield digest
+    finally:
+        _digest.reset(token)
+
+
+def _count_in(values: memoryview) -> None:
+    if (digest := _digest.get()) is not None:
+        digest.update(values)
 
 
 class WeightFiles:

@@ -57,6 +57,7 @@ class Tokenizer:
         is_json = file.suffix == ".json"
         vocabulary = _read_tokenizer_json(file) if is_json else _read_sentencepiece(file)
         self._encode = vocabulary.encode
+        self._pieces = vocabulary.pieces
         self._bytes = vocabulary.piece_bytes
         self.vocab_size: int = len(vocabulary.pieces)
         self.bos_id: int = vocabulary.bos_id
@@ -112,6 +113,10 @@ class Tokenizer:
         if not 0 <= token_id < self.vocab_size:
             raise PromptError(f"token id {token_id} is out of vocabulary ({self.vocab_size} ids)")
         return self._bytes[token_id]
+
+    def piece(self, token_id: int) -> str:
+        """How the vocabulary spells a token of it."""
+        return self._pieces[token_id]
 
     def begins_word(self, token_id: int) -> bool:
         """Whether the piece begins with SentencePiece's space (a space byte or <unk> does not)."""

@@ -25,25 +25,29 @@ _sym_db = _symbol_database.Default()
 from protos import peer_pb2 as protos_dot_peer__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13protos/expert.proto\x12\x13maestrale.expert.v1\x1a\x11protos/peer.proto\"r\n\x0b\x43omputeCall\x12/\n\x06header\x18\x01 \x01(\x0b\x32\x1f.maestrale.expert.v1.CallHeader\x12\x0c\n\x04rows\x18\x02 \x01(\x0c\x12\x13\n\x0brow_numbers\x18\x03 \x01(\x0c\x12\x0f\n\x07weights\x18\x04 \x01(\x0c\"\xe3\x01\n\nCallHeader\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\r\n\x05layer\x18\x03 \x01(\r\x12\x10\n\x08num_rows\x18\x04 \x01(\r\x12\x13\n\x0bhidden_size\x18\x05 \x01(\r\x12)\n\x05\x64type\x18\x06 \x01(\x0e\x32\x1a.maestrale.expert.v1.DType\x12\x12\n\nexpert_ids\x18\x07 \x03(\r\x12\x15\n\rexpert_counts\x18\x08 \x03(\r\x12\x15\n\rslice_numbers\x18\t \x03(\r\x12\x12\n\nnum_slices\x18\n \x03(\r\"N\n\x0c\x43omputeReply\x12\x30\n\x06header\x18\x01 \x01(\x0b\x32 .maestrale.expert.v1.ReplyHeader\x12\x0c\n\x04sums\x18\x02 \x01(\x0c\"\xae\x01\n\x0bReplyHeader\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12\x13\n\x0bincarnation\x18\x02 \x01(\x06\x12\x10\n\x08num_rows\x18\x03 \x01(\r\x12\x13\n\x0bhidden_size\x18\x04 \x01(\r\x12-\n\x05\x65rror\x18\x05 \x01(\x0e\x32\x1e.maestrale.expert.v1.ErrorCode\x12\x0f\n\x07message\x18\x06 \x01(\t\x12\x12\n\ncompute_ns\x18\x07 \x01(\x04*X\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x02\x12\x11\n\rDTYPE_FLOAT16\x10\x03*f\n\tErrorCode\x12\x0e\n\nERROR_NONE\x10\x00\x12\x11\n\rERROR_INVALID\x10\x01\x12\x12\n\x0e\x45RROR_NOT_HELD\x10\x02\x12\x12\n\x0e\x45RROR_INTERNAL\x10\x03\x12\x0e\n\nERROR_BUSY\x10\x04\x32\xf4\x01\n\x06\x45xpert\x12G\n\x05Hello\x12\x1f.maestrale.peer.v1.HelloRequest\x1a\x1d.maestrale.peer.v1.HelloReply\x12R\n\x07\x43ompute\x12 .maestrale.expert.v1.ComputeCall\x1a!.maestrale.expert.v1.ComputeReply(\x01\x30\x01\x12M\n\x07Metrics\x12!.maestrale.peer.v1.MetricsRequest\x1a\x1f.maestrale.peer.v1.MetricsReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13protos/expert.proto\x12\x13maestrale.expert.v1\x1a\x11protos/peer.proto\"r\n\x0b\x43omputeCall\x12/\n\x06header\x18\x01 \x01(\x0b\x32\x1f.maestrale.expert.v1.CallHeader\x12\x0c\n\x04rows\x18\x02 \x01(\x0c\x12\x13\n\x0brow_numbers\x18\x03 \x01(\x0c\x12\x0f\n\x07weights\x18\x04 \x01(\x0c\"\xe3\x01\n\nCallHeader\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\r\n\x05layer\x18\x03 \x01(\r\x12\x10\n\x08num_rows\x18\x04 \x01(\r\x12\x13\n\x0bhidden_size\x18\x05 \x01(\r\x12)\n\x05\x64type\x18\x06 \x01(\x0e\x32\x1a.maestrale.expert.v1.DType\x12\x12\n\nexpert_ids\x18\x07 \x03(\r\x12\x15\n\rexpert_counts\x18\x08 \x03(\r\x12\x15\n\rslice_numbers\x18\t \x03(\r\x12\x12\n\nnum_slices\x18\n \x03(\r\"N\n\x0c\x43omputeReply\x12\x30\n\x06header\x18\x01 \x01(\x0b\x32 .maestrale.expert.v1.ReplyHeader\x12\x0c\n\x04sums\x18\x02 \x01(\x0c\"[\n\rVerifyRequest\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x11\n\texpert_id\x18\x02 \x01(\r\x12\x14\n\x0cslice_number\x18\x03 \x01(\r\x12\x12\n\nnum_slices\x18\x04 \x01(\r\"!\n\x0bVerifyReply\x12\x12\n\nis_damaged\x18\x01 \x01(\x08\"\xae\x01\n\x0bReplyHeader\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12\x13\n\x0bincarnation\x18\x02 \x01(\x06\x12\x10\n\x08num_rows\x18\x03 \x01(\r\x12\x13\n\x0bhidden_size\x18\x04 \x01(\r\x12-\n\x05\x65rror\x18\x05 \x01(\x0e\x32\x1e.maestrale.expert.v1.ErrorCode\x12\x0f\n\x07message\x18\x06 \x01(\t\x12\x12\n\ncompute_ns\x18\x07 \x01(\x04*X\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x02\x12\x11\n\rDTYPE_FLOAT16\x10\x03*f\n\tErrorCode\x12\x0e\n\nERROR_NONE\x10\x00\x12\x11\n\rERROR_INVALID\x10\x01\x12\x12\n\x0e\x45RROR_NOT_HELD\x10\x02\x12\x12\n\x0e\x45RROR_INTERNAL\x10\x03\x12\x0e\n\nERROR_BUSY\x10\x04\x32\xc4\x02\n\x06\x45xpert\x12G\n\x05Hello\x12\x1f.maestrale.peer.v1.HelloRequest\x1a\x1d.maestrale.peer.v1.HelloReply\x12R\n\x07\x43ompute\x12 .maestrale.expert.v1.ComputeCall\x1a!.maestrale.expert.v1.ComputeReply(\x01\x30\x01\x12N\n\x06Verify\x12\".maestrale.expert.v1.VerifyRequest\x1a .maestrale.expert.v1.VerifyReply\x12M\n\x07Metrics\x12!.maestrale.peer.v1.MetricsRequest\x1a\x1f.maestrale.peer.v1.MetricsReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.expert_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DTYPE']._serialized_start=666
-  _globals['_DTYPE']._serialized_end=754
-  _globals['_ERRORCODE']._serialized_start=756
-  _globals['_ERRORCODE']._serialized_end=858
+  _globals['_DTYPE']._serialized_start=794
+  _globals['_DTYPE']._serialized_end=882
+  _globals['_ERRORCODE']._serialized_start=884
+  _globals['_ERRORCODE']._serialized_end=986
   _globals['_COMPUTECALL']._serialized_start=63
   _globals['_COMPUTECALL']._serialized_end=177
   _globals['_CALLHEADER']._serialized_start=180
   _globals['_CALLHEADER']._serialized_end=407
   _globals['_COMPUTEREPLY']._serialized_start=409
   _globals['_COMPUTEREPLY']._serialized_end=487
-  _globals['_REPLYHEADER']._serialized_start=490
-  _globals['_REPLYHEADER']._serialized_end=664
-  _globals['_EXPERT']._serialized_start=861
-  _globals['_EXPERT']._serialized_end=1105
+  _globals['_VERIFYREQUEST']._serialized_start=489
+  _globals['_VERIFYREQUEST']._serialized_end=580
+  _globals['_VERIFYREPLY']._serialized_start=582
+  _globals['_VERIFYREPLY']._serialized_end=615
+  _globals['_REPLYHEADER']._serialized_start=618
+  _globals['_REPLYHEADER']._serialized_end=792
+  _globals['_EXPERT']._serialized_start=989
+  _globals['_EXPERT']._serialized_end=1313
 # @@protoc_insertion_point(module_scope)

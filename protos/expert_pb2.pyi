@@ -76,6 +76,24 @@ class ComputeReply(_message.Message):
     sums: bytes
     def __init__(self, header: _Optional[_Union[ReplyHeader, _Mapping]] = ..., sums: _Optional[bytes] = ...) -> None: ...
 
+class VerifyRequest(_message.Message):
+    __slots__ = ("layer", "expert_id", "slice_number", "num_slices")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_ID_FIELD_NUMBER: _ClassVar[int]
+    SLICE_NUMBER_FIELD_NUMBER: _ClassVar[int]
+    NUM_SLICES_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    expert_id: int
+    slice_number: int
+    num_slices: int
+    def __init__(self, layer: _Optional[int] = ..., expert_id: _Optional[int] = ..., slice_number: _Optional[int] = ..., num_slices: _Optional[int] = ...) -> None: ...
+
+class VerifyReply(_message.Message):
+    __slots__ = ("is_damaged",)
+    IS_DAMAGED_FIELD_NUMBER: _ClassVar[int]
+    is_damaged: bool
+    def __init__(self, is_damaged: _Optional[bool] = ...) -> None: ...
+
 class ReplyHeader(_message.Message):
     __slots__ = ("call_id", "incarnation", "num_rows", "hidden_size", "error", "message", "compute_ns")
     CALL_ID_FIELD_NUMBER: _ClassVar[int]

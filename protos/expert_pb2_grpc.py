@@ -45,6 +45,11 @@ class ExpertStub:
                 request_serializer=protos_dot_expert__pb2.ComputeCall.SerializeToString,
                 response_deserializer=protos_dot_expert__pb2.ComputeReply.FromString,
                 _registered_method=True)
+        self.Verify = channel.unary_unary(
+                '/maestrale.expert.v1.Expert/Verify',
+                request_serializer=protos_dot_expert__pb2.VerifyRequest.SerializeToString,
+                response_deserializer=protos_dot_expert__pb2.VerifyReply.FromString,
+                _registered_method=True)
         self.Metrics = channel.unary_unary(
                 '/maestrale.expert.v1.Expert/Metrics',
                 request_serializer=protos_dot_peer__pb2.MetricsRequest.SerializeToString,
@@ -68,6 +73,13 @@ class ExpertServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Verify(self, request, context):
+        """Compares a unit's weights in memory with what was loaded. A damaged one is dropped at once.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Metrics(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -86,6 +98,11 @@ def add_ExpertServicer_to_server(servicer, server):
                     servicer.Compute,
                     request_deserializer=protos_dot_expert__pb2.ComputeCall.FromString,
                     response_serializer=protos_dot_expert__pb2.ComputeReply.SerializeToString,
+            ),
+            'Verify': grpc.unary_unary_rpc_method_handler(
+                    servicer.Verify,
+                    request_deserializer=protos_dot_expert__pb2.VerifyRequest.FromString,
+                    response_serializer=protos_dot_expert__pb2.VerifyReply.SerializeToString,
             ),
             'Metrics': grpc.unary_unary_rpc_method_handler(
                     servicer.Metrics,
@@ -147,6 +164,33 @@ class Expert:
             '/maestrale.expert.v1.Expert/Compute',
             protos_dot_expert__pb2.ComputeCall.SerializeToString,
             protos_dot_expert__pb2.ComputeReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Verify(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/maestrale.expert.v1.Expert/Verify',
+            protos_dot_expert__pb2.VerifyRequest.SerializeToString,
+            protos_dot_expert__pb2.VerifyReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -27,7 +27,7 @@ CHAT = {
     "model": "tiny",
     "choices": [{"index": 0, "message": {"role": "assistant", "content": "Yes."}}],
 }
-MODEL = {"id": "tiny", "created": 1, "max_model_len": 512}
+MODEL = {"id": "tiny", "created": 1, "root": "tiny", "max_model_len": 512}
 DONE = b"data: [DONE]\n\n"
 
 

@@ -1,6 +1,7 @@
 """Stand-ins for the parts of a cluster, made by hand: no sockets, no Ray, no clock."""
 
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Many
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from cluster import wire
 from cluster.bench.profile import StepRecorder
-from cluster.errors import ExpertsUnavailableError
+from cluster.errors import CallRefusedError, ExpertsUnavailableError
 from cluster.head.engine import Engine, Event
 from cluster.head.masks import GrammarMasks
 from cluster.head.scheduler import Scheduler
@@ -27,6 +28,7 @@ from model.grammar import GrammarCompiler
 from model.kv_cache import KVCache
 from model.router import Routing
 from model.units import Unit
+from protos import expert_pb2
 
 DEADLINE_S = 30.0
 """Longest wait of a test for another thread; only a hang comes near it."""
@@ -188,6 +190,10 @@ class Worker:
         self.calls: list[wire.Call] = []
         self.fail_at: set[int] = set()
         """Calls, counted from 1, whose answer gets lost with the connection."""
+        self.refusals = 0
+        """How many calls it will refuse next."""
+        self.patience_s: list[float] = []
+        """How long each answer might have taken."""
         self.compute_s = 0.0
         """What it says that it computed for."""
         self._config = mixtral.config
@@ -196,18 +202,24 @@ class Worker:
     def answer(self, message: bytes) -> bytes:
         call = wire.decode_call(message, self._config, self._dtype)
         self.calls.append(call)
+        if self.refusals:
+            self.refusals -= 1
+            return wire.encode_error(
+                call.call_id, self.info.incarnation, expert_pb2.ERROR_BUSY, "told to refuse"
+            )
         sums_RD = weighted_sums(self.held, call.x_RD, call.assignments)
         return wire.encode_reply(call.call_id, self.info.incarnation, sums_RD, self.compute_s)
 
 
 class Workers:
-    """All workers that there are; `stream` stands in for `dispatch.WorkerStream`."""
+    """All workers that there are; `stream` stands in for `connections.WorkerStream`."""
 
     def __init__(self, mixtral: Mixtral, weights: Weights) -> None:
         self._mixtral = mixtral
         self._weights = weights
         self._workers: dict[WorkerInfo, Worker] = {}
         self.num_connects = 0
+        self.unreachable: set[WorkerInfo] = set()
 
     def __getitem__(self, info: WorkerInfo) -> Worker:
         return self._workers[info]
@@ -218,7 +230,9 @@ class Workers:
             worker = self._workers.setdefault(info, Worker(info, self._mixtral))
             worker.held |= {unit: self._weights[unit] for unit in held_by(placement.table, index)}
 
-    def stream(self, info: WorkerInfo, identity: Identity, *, timeout_s: float) -> "MemoryStream":
+    def stream(self, info: WorkerInfo, identity: Identity) -> "MemoryStream":
+        if info in self.unreachable:
+            raise ExpertsUnavailableError(f"{info.name} was told not to answer")
         self.num_connects += 1
         return MemoryStream(self._workers[info])
 
@@ -232,14 +246,22 @@ class MemoryStream:
         self._replies: list[bytes] = []
         self.is_closed = False
 
+    @property
+    def num_outstanding(self) -> int:
+        return len(self._replies)
+
     def send(self, call: wire.Call) -> None:
+        assert not self.is_closed
         self._replies.append(self._worker.answer(wire.encode_call(call)))
 
-    def receive(self, call: wire.Call) -> wire.Reply:
+    def receive(self, call: wire.Call, overdue_at: float) -> wire.Reply:
+        self._worker.patience_s.append(overdue_at - time.monotonic())
         if len(self._worker.calls) in self._worker.fail_at:
             raise ExpertsUnavailableError(f"{self.worker.name} was told to fail")
         reply = wire.decode_reply(self._replies.pop(0))
         assert reply.call_id == call.call_id
+        if reply.error:
+            raise CallRefusedError(reply.message)
         return reply
 
     def watch(self, now: float) -> None:

@@ -81,9 +81,6 @@ class Cluster:
     model: Model
     heads: list[Part]
     workers: list[Part]
-    num_finished: int = 0
-    num_lost: int = 0
-    """Streams whose head went before they ended."""
     _num_started: int = 0
 
     def step(self, now: float, wanted: int) -> Signals:
@@ -110,7 +107,6 @@ class Cluster:
         for head in serving:
             for stream in running[head.name]:
                 stream.tokens_left -= 1 / (step_s[head.name] * slowed)
-            self.num_finished += sum(stream.tokens_left <= 0 for stream in head.streams)
         heads = tuple(
             HeadLoad(
                 name=head.name,
@@ -155,18 +151,23 @@ class Cluster:
         empty = [head for head in self.heads if head.is_draining and not head.streams]
         self.heads = [head for head in self.heads if head not in empty]
         self.workers = [worker for worker in self.workers if not worker.is_draining]
-        self.heads = self._fitted(self.heads, decision.num_heads, now + self.model.head_start_s)
+        self.heads = self._fitted(
+            self.heads, decision.num_heads, now=now, start_s=self.model.head_start_s
+        )
         self.workers = self._fitted(
-            self.workers, decision.num_workers, now + self.model.worker_start_s
+            self.workers, decision.num_workers, now=now, start_s=self.model.worker_start_s
         )
 
-    def _fitted(self, parts: list[Part], target: int, ready_at: float) -> list[Part]:
-        """Start those that are missing; those that never came up end first."""
-        starting = [part for part in parts if part.ready_at > ready_at - 1]
-        for _ in range(target - len(parts)):
+    def _fitted(self, parts: list[Part], target: int, *, now: float, start_s: float) -> list[Part]:
+        """Start those that are missing; give up those that are too many and not there yet."""
+        staying = [part for part in parts if not part.is_draining]
+        late = sorted((p for p in staying if p.ready_at > now), key=lambda part: -part.ready_at)
+        given_up = late[: max(0, len(staying) - target)]
+        parts = [part for part in parts if part not in given_up]
+        for _ in range(target - len(staying)):
             self._num_started += 1
-            parts = [*parts, Part(f"part-{self._num_started:03d}", ready_at)]
-        return [part for part in parts if part not in starting or len(parts) <= target]
+            parts.append(Part(f"part-{self._num_started:03d}", now + start_s))
+        return parts
 
 
 def replay(

@@ -16,7 +16,8 @@ from cluster.bench.memory import above, pss_bytes
 from cluster.errors import BenchError
 from cluster.expert.batcher import Batcher, Held
 from cluster.expert.service import ExpertService
-from cluster.head.dispatch import PlacementFeed, RemoteExperts
+from cluster.head.dispatch import RemoteExperts
+from cluster.head.routes import PlacementFeed
 from cluster.metrics import WorkerMetrics
 from cluster.placement import Placement, Table, WorkerInfo, held_by
 from model.config import MixtralConfig
@@ -179,11 +180,12 @@ def _serve(
             torch.device("cpu"),
             identity,
             metrics,
+            lambda unit: False,  # nothing is cross-checked here
         )
         server, address = rpc.new_server("127.0.0.1", observe_refusal=metrics.observe_refusal)
         if unix_socket is not None:
             server.add_insecure_port(f"unix:{unix_socket}")
-        server.add_generic_rpc_handlers((service.handler(),))
+        service.add_to(server)
         server.start()
     except Exception as error:
         # The parent's to tell; whatever it was, this process has no other word.

@@ -14,7 +14,14 @@ import httpx
 from cluster.client import failures
 from cluster.client.call import Call, ReplyCall, StreamCall, options, sent_as
 from cluster.client.exposition import Sample, read_exposition
-from cluster.client.params import ChatParams, ClassifyParams, CompletionParams, Options
+from cluster.client.params import (
+    ChatParams,
+    ClassifyParams,
+    CompletionParams,
+    DetokenizeParams,
+    Options,
+    TokenizeParams,
+)
 from cluster.client.reply import ReplyT, check_status, read_readiness, read_reply
 from cluster.schema import (
     ChatCompletion,
@@ -24,6 +31,8 @@ from cluster.schema import (
     Model,
     ModelList,
     Readiness,
+    Text,
+    Tokens,
 )
 
 if TYPE_CHECKING:
@@ -98,6 +107,16 @@ def classify(**params: Unpack[ClassifyParams]) -> Same[Classification]:
     use_activation: False for the score head's logits instead of probabilities. Raises APIError.
     """
     return _post("/v1/classify", params, Classification)
+
+
+def tokenize(**params: Unpack[TokenizeParams]) -> Same[Tokens]:
+    """Token ids of a text, or of a conversation in its chat template. Raises APIError."""
+    return _post("/tokenize", params, Tokens)
+
+
+def detokenize(**params: Unpack[DetokenizeParams]) -> Same[Text]:
+    """Text of token ids; control tokens have none. Raises APIError."""
+    return _post("/detokenize", params, Text)
 
 
 def models(**params: Unpack[Options]) -> Same[ModelList]:

@@ -1,5 +1,6 @@
 """The chunks of one streamed answer, over however many connections."""
 
+import logging
 import random
 import secrets
 import time
@@ -16,6 +17,8 @@ from cluster.client.io import Io
 from cluster.client.reply import ReplyT, read_chunk
 from cluster.client.sse import EventDecoder
 from cluster.errors import APIError
+
+logger = logging.getLogger(__name__)
 
 END_MARK = "[DONE]"
 
@@ -83,6 +86,8 @@ class ChunkReader(Generic[ReplyT]):
         chance = random.random()
         wait_s = retry.wait_s(None, self._num_breaks, now_s=time.time(), chance=chance)
         self._num_breaks += 1
+        why = repr(error or "no [DONE]")
+        logger.info("%s broke off (%s); goes on in %.1f s", self._call.path, why, wait_s)
         try:
             yield wait_s
         except APIError as failure:

@@ -115,6 +115,8 @@ class Client(_AnyClient[Connection]):
         self.models = Models(connection)
         self.cluster = Cluster(connection)
         self.classify = connection.method(calls.classify)
+        self.tokenize = connection.method(calls.tokenize)
+        self.detokenize = connection.method(calls.detokenize)
 
     def close(self) -> None:
         """Close all connections, those of open streams too. Closing again does nothing."""
@@ -160,6 +162,8 @@ class AsyncClient(_AnyClient[AsyncConnection]):
         self.models = AsyncModels(connection)
         self.cluster = AsyncCluster(connection)
         self.classify = connection.method(calls.classify)
+        self.tokenize = connection.method(calls.tokenize)
+        self.detokenize = connection.method(calls.detokenize)
 
     async def close(self) -> None:
         """Close all connections, those of open streams too. Closing again does nothing."""

@@ -15,11 +15,13 @@ from typing import Any
 import httpx
 
 from cluster.client.call import StreamCall
-from cluster.schema import ChatChunkChoice, ChatCompletionChunk, Completion, CompletionChoice
-
-RESUMED_TOKENS = "x-resumed-tokens"
-"""Header by which a server says that it went on behind so many ids. One that knows nothing of it
-would begin anew, and the text would be there twice."""
+from cluster.schema import (
+    RESUMED_TOKENS,
+    ChatChunkChoice,
+    ChatCompletionChunk,
+    Completion,
+    CompletionChoice,
+)
 
 Chunk = Completion | ChatCompletionChunk
 
@@ -34,8 +36,9 @@ def can_continue(body: Mapping[str, Any]) -> bool:
         or (len(prompt) > 0 and isinstance(prompt[0], int))
     )
     asked_once = all((body.get(name) or 1) == 1 for name in ("n", "best_of"))
-    wants_logprobs = body.get("logprobs") not in (None, False)
-    return is_one_prompt and asked_once and not wants_logprobs and not body.get("tools")
+    logprobs = body.get("logprobs")
+    wants_logprobs = logprobs is not None and logprobs is not False  # completions count from 0
+    return is_one_prompt and asked_once and not wants_logprobs
 
 
 class Continuation:
@@ -102,7 +105,9 @@ def _is_opening(chunk: Chunk) -> bool:
 
 
 def _is_textless(choice: CompletionChoice | ChatChunkChoice) -> bool:
-    return not (choice.text if isinstance(choice, CompletionChoice) else choice.delta.content)
+    if isinstance(choice, CompletionChoice):
+        return not choice.text
+    return not (choice.delta.content or choice.delta.tool_calls)
 
 
 def _hide_prompt_ids(chunk: Chunk) -> None:

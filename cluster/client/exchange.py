@@ -1,5 +1,6 @@
 """Making a call: sending it, again if need be, and reading the answer. io.py does the waiting."""
 
+import logging
 import random
 import time
 from collections.abc import Callable
@@ -13,6 +14,8 @@ from cluster.client.chunks import ChunkReader, Chunks
 from cluster.client.io import Io
 from cluster.client.reply import check_status, check_stream, is_event_stream
 from cluster.client.settings import Settings
+
+logger = logging.getLogger(__name__)
 
 KeepOpen = Callable[[httpx.Response], bool]
 """Tells whether an answer's body is left to come as it is read."""
@@ -80,6 +83,10 @@ class Exchange:
             headers = outcome.headers if isinstance(outcome, httpx.Response) else None
             wait_s = retry.wait_s(headers, num_retries, now_s=time.time(), chance=random.random())
             num_retries += 1
+            logger.info(
+                "%s %s: %r; retry %d of %d in %.1f s",
+                *(call.method, call.path, outcome, num_retries, max_retries, wait_s),
+            )
             await self.io.sleep(wait_s)
         if isinstance(outcome, httpx.RequestError):
             raise failures.transport_error(outcome, request) from outcome

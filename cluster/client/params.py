@@ -58,6 +58,8 @@ class GenerationParams(Options, total=False):
     include_stop_str_in_output: bool | None
     prompt_logprobs: int | None
     return_token_ids: bool | None
+    return_tokens_as_token_ids: bool | None
+    truncate_prompt_tokens: int | None
     resume_token_ids: Sequence[int] | None
     priority: int | None
     cache_salt: str | None
@@ -68,17 +70,48 @@ class CompletionParams(GenerationParams, total=False):
     """Of `completions.create`."""
 
     prompt: Required[Prompt]
+    add_special_tokens: bool | None
     echo: bool | None
     logprobs: int | None
 
 
-class ChatParams(GenerationParams, total=False):
+class Rendering(TypedDict, total=False):
+    """How a conversation becomes a prompt."""
+
+    tools: Sequence[Mapping[str, Any]] | None
+    continue_final_message: bool | None
+    add_generation_prompt: bool | None
+    chat_template_kwargs: Mapping[str, Any] | None
+
+
+class ChatParams(GenerationParams, Rendering, total=False):
     """Of `chat.completions.create`."""
 
     messages: Required[Sequence[Message]]
+    tool_choice: str | Mapping[str, Any] | None
+    parallel_tool_calls: bool | None
     max_completion_tokens: int | None
     logprobs: bool | None
     top_logprobs: int | None
+
+
+class TokenizeParams(Options, Rendering, total=False):
+    """Of `tokenize`: a prompt or messages."""
+
+    prompt: str | None
+    messages: Sequence[Message] | None
+    model: str | None
+    user: str | None
+    add_special_tokens: bool | None
+    return_token_strs: bool | None
+
+
+class DetokenizeParams(Options, total=False):
+    """Of `detokenize`."""
+
+    tokens: Required[Sequence[int]]
+    model: str | None
+    user: str | None
 
 
 class ClassifyParams(Options, total=False):

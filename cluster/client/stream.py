@@ -38,7 +38,7 @@ class Stream(_AnyStream[ReplyT]):
 
     If the connection breaks off, the stream asks for the rest and goes on: every chunk comes once.
     That takes a client with `max_retries` above 0, and a request for one choice without
-    log-probabilities and tools.
+    log-probabilities.
 
     Closing early closes the connection, which makes the server cancel the request: leave a
     stream by `with`, or by `close()`. For one thread at a time.

@@ -1,8 +1,9 @@
 """Joins the calls of several heads that wait for the same layer. No network, no Ray.
 
-There is no compute thread: whichever caller gets the compute lock computes for everybody who waits
-for its layer (flat combining). With one head that costs no change of thread at all; with several,
-calls that pile up behind a computation leave together.
+There is no compute thread: whichever caller gets the compute lock computes for everybody who waits,
+until its own call is done (flat combining). With one head that costs no change of thread at all;
+with several, calls that pile up behind a computation leave together, by layer. Calls of few rows go
+first, so that one user's long prompt does not hold up everybody's tokens.
 
 Shape suffixes: R rows, D hidden, A assignments.
 """
@@ -22,8 +23,23 @@ from model.units import Unit
 Held = Mapping[Unit, ExpertWeights]
 
 
+FEW_ROWS = 64
+"""Up to here a call is somebody's tokens, or a short prompt: reading the weights takes longer than
+the arithmetic."""
+
+MAX_PASSED_OVER = 8
+"""So often calls of few rows may go before one of many; then it is its turn."""
+
+MAX_WAITING_BYTES = 2**30
+"""Of rows. More than all heads together send when every one has a full step under way."""
+
+
 class NotHeldError(Exception):
     """A call for an expert that is not, or not yet, on this worker."""
+
+
+class BusyError(Exception):
+    """Too much waits here already."""
 
 
 @dataclass(eq=False)
@@ -32,20 +48,26 @@ class _Job:
     x_RD: Tensor
     assignments: Assignments
     done: bool = False
+    num_passed_over: int = 0
     sums_RD: Tensor | None = None
     error: Exception | None = None
+
+    @property
+    def has_many_rows(self) -> bool:
+        return len(self.x_RD) > FEW_ROWS
 
 
 @dataclass
 class Batcher:
     """Computes calls against the experts that `held` maps at that moment. Thread-safe.
 
-    Whoever loads experts adds them to `held` whole, one by one: a call sees an expert's final
-    weights or none.
+    Whoever loads experts adds them to `held` whole, one by one, and may drop them at any time: a
+    call sees an expert's final weights or none.
     """
 
     held: Held
     metrics: WorkerMetrics
+    max_waiting_bytes: int = MAX_WAITING_BYTES
     _waiting: list[_Job] = field(default_factory=list)
     _waiting_lock: threading.Lock = field(default_factory=threading.Lock)
     _compute_lock: threading.Lock = field(default_factory=threading.Lock)
@@ -53,27 +75,40 @@ class Batcher:
     def compute(self, layer: int, x_RD: Tensor, assignments: Assignments) -> Tensor:
         """Weighted sums of one call, (R, D) float32. Blocks until they are there.
 
-        Raises NotHeldError; or whatever the computation raised.
+        Raises NotHeldError, BusyError, or whatever the computation raised.
         """
         missing = [str(unit) for unit, _ in assignments.counts if unit not in self.held]
         if missing:
             raise NotHeldError(f"not held here: {', '.join(missing)}")
         job = _Job(layer, x_RD, assignments)
         with self._waiting_lock:
+            waiting_bytes = sum(other.x_RD.nbytes for other in self._waiting)
+            if self._waiting and waiting_bytes + x_RD.nbytes > self.max_waiting_bytes:
+                raise BusyError(
+                    f"{len(self._waiting)} calls with {waiting_bytes:,} bytes of rows wait here, "
+                    f"{x_RD.nbytes:,} more would exceed {self.max_waiting_bytes:,}"
+                )
             self._waiting.append(job)
         with self._compute_lock:
-            if not job.done:
-                self._run(self._take(layer))
+            while not job.done:
+                self._run(self._take())
         if job.error is not None:
             raise job.error
         assert job.sums_RD is not None
         return job.sums_RD
 
-    def _take(self, layer: int) -> list[_Job]:
-        """Remove and return the jobs that wait for this layer."""
+    def _take(self) -> list[_Job]:
+        """Remove and return the jobs whose turn it is: of one layer, all of few rows or of many."""
         with self._waiting_lock:
-            taken = [job for job in self._waiting if job.layer == layer]
-            self._waiting = [job for job in self._waiting if job.layer != layer]
+            first = min(
+                self._waiting,
+                key=lambda job: job.has_many_rows and job.num_passed_over < MAX_PASSED_OVER,
+            )  # the longest waiting, of equals
+            kind = (first.layer, first.has_many_rows)
+            taken = [job for job in self._waiting if (job.layer, job.has_many_rows) == kind]
+            self._waiting = [job for job in self._waiting if job not in taken]
+            for job in self._waiting:
+                job.num_passed_over += 1
         return taken
 
     def _run(self, jobs: list[_Job]) -> None:
@@ -82,7 +117,11 @@ class Batcher:
         try:
             with torch.inference_mode():
                 x_RD, assignments = join(jobs)
-                sums_RD = weighted_sums(self.held, x_RD, assignments)
+                try:
+                    held = {unit: self.held[unit] for unit, _ in assignments.counts}
+                except KeyError as error:
+                    raise NotHeldError(f"dropped while the call waited: {error}") from error
+                sums_RD = weighted_sums(held, x_RD, assignments)
         except Exception as error:
             # Also out of memory: the callers get it as their answer, the worker goes on.
             for job in jobs:

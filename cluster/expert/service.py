@@ -2,17 +2,21 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import grpc
 import torch
+from grpc_health.v1.health import HealthServicer
+from grpc_health.v1.health_pb2 import HealthCheckResponse
+from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
 
 from cluster import rpc, wire
 from cluster.errors import WireError
-from cluster.expert.batcher import Batcher, NotHeldError
+from cluster.expert.batcher import Batcher, BusyError, NotHeldError
 from cluster.log import RareWarnings
 from cluster.metrics import WorkerMetrics
 from model.config import MixtralConfig
+from model.units import Unit
 from protos import expert_pb2, peer_pb2
 
 logger = logging.getLogger(__name__)
@@ -29,17 +33,34 @@ class ExpertService:
         device: torch.device,
         identity: rpc.Identity,
         metrics: WorkerMetrics,
+        drop_if_damaged: Callable[[Unit], bool],
     ) -> None:
+        """drop_if_damaged: drops a unit whose weights have changed since they were loaded, and says
+        whether; called from any thread.
+        """
         self._batcher = batcher
         self._config = config
         self._dtype = dtype
         self._device = device
         self._identity = identity
         self._metrics = metrics
+        self._drop_if_damaged = drop_if_damaged
+        self._health = HealthServicer()
         self._warnings = RareWarnings(logger)
 
-    def handler(self) -> grpc.GenericRpcHandler:
-        """The service for a gRPC server. Compute's messages pass as raw bytes, for `wire`."""
+    def add_to(self, server: grpc.Server) -> None:
+        """Offer the service, and gRPC's standard health service, which says SERVING."""
+        server.add_generic_rpc_handlers((self._handler(),))
+        add_HealthServicer_to_server(self._health, server)
+        self._health.set(rpc.EXPERT_SERVICE, HealthCheckResponse.SERVING)
+
+    def end(self, server: grpc.Server, grace_s: float) -> None:
+        """Say NOT_SERVING for good, take no new stream, and stop the server after that long."""
+        self._health.enter_graceful_shutdown()
+        server.stop(grace_s).wait(grace_s + 1)
+
+    def _handler(self) -> grpc.GenericRpcHandler:
+        # Compute's messages pass as raw bytes, for `wire`
         return grpc.method_handlers_generic_handler(
             rpc.EXPERT_SERVICE,
             {
@@ -49,6 +70,11 @@ class ExpertService:
                     response_serializer=peer_pb2.HelloReply.SerializeToString,
                 ),
                 "Compute": grpc.stream_stream_rpc_method_handler(self._compute),
+                "Verify": grpc.unary_unary_rpc_method_handler(
+                    self._verify,
+                    request_deserializer=expert_pb2.VerifyRequest.FromString,
+                    response_serializer=expert_pb2.VerifyReply.SerializeToString,
+                ),
                 "Metrics": grpc.unary_unary_rpc_method_handler(
                     self._export,
                     request_deserializer=peer_pb2.MetricsRequest.FromString,
@@ -84,6 +110,9 @@ class ExpertService:
             return wire.encode_error(
                 call.call_id, incarnation, expert_pb2.ERROR_NOT_HELD, str(error)
             )
+        except BusyError as error:
+            self._metrics.observe_call("busy")
+            return wire.encode_error(call.call_id, incarnation, expert_pb2.ERROR_BUSY, str(error))
         except Exception as error:
             logger.exception("%s: layer %d failed", self._identity.name, call.layer)
             self._metrics.observe_call("internal")
@@ -92,6 +121,15 @@ class ExpertService:
             )
         self._metrics.observe_call("ok")
         return wire.encode_reply(call.call_id, incarnation, sums_RD, time.perf_counter() - started)
+
+    def _verify(
+        self, request: expert_pb2.VerifyRequest, context: grpc.ServicerContext
+    ) -> expert_pb2.VerifyReply:
+        unit = Unit(request.layer, request.expert_id, request.slice_number, request.num_slices)
+        is_damaged = self._drop_if_damaged(unit)
+        if is_damaged:
+            logger.error("%s: %s has changed in memory, dropped", self._identity.name, unit)
+        return expert_pb2.VerifyReply(is_damaged=is_damaged)
 
     def _export(
         self, _request: peer_pb2.MetricsRequest, _context: grpc.ServicerContext

@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,10 +18,13 @@ from ray.util import get_node_ip_address
 from cluster import rpc
 from cluster.config import Network, listen_host
 from cluster.expert.batcher import Batcher
+from cluster.expert.loader import Loader
 from cluster.expert.service import ExpertService
 from cluster.metrics import WorkerMetrics
+from cluster.placement import WorkerReport
 from cluster.security import Security
 from model.experts import ExpertWeights
+from model.tensor_files import digested
 from model.units import Unit
 from model.weights import Checkpoint, torch_dtype
 
@@ -44,24 +47,6 @@ class WorkerSettings:
     lease_s: float
 
 
-@dataclass(frozen=True)
-class WorkerReport:
-    """How a worker is doing."""
-
-    address: str
-    incarnation: int
-    epoch: int
-    num_loaded: int
-    """Experts that can be asked for."""
-    num_wanted: int
-    loaded_bytes: int
-    error: str | None
-
-    @property
-    def is_loaded(self) -> bool:
-        return self.error is None and self.num_loaded == self.num_wanted > 0
-
-
 class ExpertWorker:
     """Holds some experts and answers heads. A Ray actor, detached.
 
@@ -80,30 +65,28 @@ class ExpertWorker:
             expert_quantization=settings.expert_quantization,
         )
         self._checkpoint = checkpoint
-        self._held: dict[Unit, ExpertWeights] = {}
-        self._loaded_bytes = 0
-        self._num_wanted = 0
-        self._error: str | None = None
-        self._loader: threading.Thread | None = None
-
-        metrics = WorkerMetrics()
+        held: dict[Unit, ExpertWeights] = {}
+        self._loader = Loader(self._load, held, f"{settings.name}, {checkpoint.folder}")
+        self._node = ray.get_runtime_context().get_node_id()
+        self._metrics = metrics = WorkerMetrics()
         self._identity = rpc.Identity(
             settings.name, rpc.fingerprint(checkpoint.config, settings.dtype), security
         )
-        service = ExpertService(
-            Batcher(self._held, metrics),
+        self._service = ExpertService(
+            Batcher(held, metrics),
             checkpoint.config,
             checkpoint.dtype,
             checkpoint.device,
             self._identity,
             metrics,
+            self._loader.drop_if_damaged,
         )
         self._server, self._address = rpc.new_server(
             listen_host(settings.network.host, get_node_ip_address()),
             security,
             metrics.observe_refusal,
         )
-        self._server.add_generic_rpc_handlers((service.handler(),))
+        self._service.add_to(self._server)
         self._server.start()
         self._owner = ""
         self._epoch = 0
@@ -114,17 +97,9 @@ class ExpertWorker:
         """Shown by Ray before each log line."""
         return f"ExpertWorker({self._settings.name})"
 
-    def load(self, units: Sequence[Unit]) -> None:
-        """Start loading these units; those already held stay. Returns at once."""
-        if self._loader is not None and self._loader.is_alive():
-            return
-        missing = [unit for unit in units if unit not in self._held]
-        self._num_wanted = len(units)
-        self._error = None
-        self._loader = threading.Thread(
-            target=self._load, args=(missing,), name="loader", daemon=True
-        )
-        self._loader.start()
+    def hold(self, units: Sequence[Unit], expected: Mapping[Unit, str]) -> None:
+        """Hold exactly these units, see `Loader.hold`. Returns at once."""
+        self._loader.hold(units, expected)
 
     def heartbeat(self, owner: str, epoch: int) -> WorkerReport:
         """Renew the lease in the name of `owner`, who from now on owns this worker.
@@ -137,44 +112,30 @@ class ExpertWorker:
         return WorkerReport(
             address=self._address,
             incarnation=self._identity.incarnation,
+            node=self._node,
             epoch=self._epoch,
-            num_loaded=len(self._held),
-            num_wanted=self._num_wanted,
-            loaded_bytes=self._loaded_bytes,
-            error=self._error,
+            held=self._loader.digests,
+            num_bytes=self._loader.num_bytes,
+            rows=self._metrics.row_counts(),
+            error=self._loader.error,
         )
 
     def release(self, owner: str) -> None:
         """End this worker, unless it has passed to another owner."""
         if owner == self._owner:
             logger.info("%s: released by %r, ending", self._settings.name, owner)
-            self._server.stop(STOP_GRACE_S).wait(STOP_GRACE_S + 1)
+            self._service.end(self._server, STOP_GRACE_S)
             ray.actor.exit_actor()
 
-    def _load(self, units: Sequence[Unit]) -> None:
-        started = time.perf_counter()
-        try:
-            for unit in units:
-                weights = self._checkpoint.load_unit(unit)
-                self._held[unit] = weights
-                self._loaded_bytes += weights.num_bytes
-        except Exception as error:
-            # The loader's last word: the controller reads it from the next report.
-            logger.exception("%s: loading failed", self._settings.name)
-            self._error = f"{type(error).__name__}: {error}"
-            return
-        logger.info(
-            "%s: loaded %d experts, %d bytes, in %.1f s",
-            self._settings.name,
-            len(units),
-            self._loaded_bytes,
-            time.perf_counter() - started,
-        )
+    def _load(self, unit: Unit) -> tuple[ExpertWeights, str]:
+        with digested() as digest:
+            weights = self._checkpoint.load_unit(unit)
+        return weights, digest.hexdigest()
 
     def _watch_lease(self) -> None:
         while (left_s := self._lease_ends - time.monotonic()) > 0:
             time.sleep(min(left_s, 0.2))
         logger.warning("%s: lease of %r is over, ending", self._settings.name, self._owner)
-        self._server.stop(STOP_GRACE_S).wait(STOP_GRACE_S + 1)
+        self._service.end(self._server, STOP_GRACE_S)
         # Not sys.exit: this is not the main thread, and Ray must see the process gone.
         os._exit(0)

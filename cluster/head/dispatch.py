@@ -1,174 +1,38 @@
 """Experts on other processes: rows out over long-lived gRPC streams, weighted sums back.
 
 One message per layer and worker, with every row once however many of the worker's experts it goes
-to. A worker that fails costs only its own rows: they wait for the controller to publish where the
-experts are now, and are sent again.
+to. A worker that fails costs only its own rows: they are sent again at once, to another copy, or
+wait until there is one.
 
 Shape suffixes: T tokens, D hidden, R rows of one worker, A assignments.
 """
 
 import logging
-import queue
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-import grpc
 import torch
 from torch import Tensor
 
 from cluster import rpc, wire
-from cluster.errors import (
-    ExpertFailedError,
-    ExpertsUnavailableError,
-    HandshakeError,
-    WireError,
-)
-from cluster.head.choice import choose, options, split
-from cluster.placement import Placement, WorkerInfo
+from cluster.errors import CallRefusedError, ExpertsUnavailableError
+from cluster.head.answer_times import AnswerTimes
+from cluster.head.choice import choose, split
+from cluster.head.cross_check import CrossCheck
+from cluster.head.routes import Directory, PlacementFeed, Routes
+from cluster.head.stream import WorkerStream
+from cluster.metrics import HeadMetrics
+from cluster.placement import Copy, WorkerInfo
 from model.experts import Assignments, assign
 from model.phases import UNWATCHED, Phases
 from model.router import Routing
-from protos import expert_pb2, peer_pb2
+from model.units import Unit
 
 logger = logging.getLogger(__name__)
 
-SLOW_AFTER_S = 1.0
-"""A wait longer than this is logged, with what it waits for."""
-
-RECONNECT_EVERY_S = 0.5
-"""How often a lost worker is tried again while rows wait for it."""
-
-
-class PlacementFeed:
-    """The newest placement that this head has heard of. Thread-safe.
-
-    Fed by whoever listens to the controller, read by the engine's thread.
-    """
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._placement: Placement | None = None
-
-    def put(self, placement: Placement) -> None:
-        """Take a placement; an older epoch than the one known is ignored."""
-        with self._changed:
-            if self._placement is None or placement.epoch > self._placement.epoch:
-                self._placement = placement
-                self._changed.notify_all()
-
-    def wait_for_newer(self, known: Placement | None, timeout_s: float) -> Placement | None:
-        """The newest placement, as soon as it is not `known`, at the latest after the timeout."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._placement is not known, timeout_s)
-            return self._placement
-
-
-class WorkerStream:
-    """The stream to one worker. Owned by the engine's thread, but for `watch`.
-
-    gRPC's blocking read has no timeout of its own, so a watchdog thread calls `watch` and cancels
-    a read that is overdue.
-    """
-
-    def __init__(self, worker: WorkerInfo, identity: rpc.Identity, *, timeout_s: float) -> None:
-        """Connect and shake hands. Raises ExpertsUnavailableError or HandshakeError."""
-        self.worker = worker
-        self._timeout_s = timeout_s
-        self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        self._waits_since: float | None = None
-        self._waits_for = ""
-        self._was_slow = False
-        self._channel = rpc.new_channel(worker.address, identity.security, "worker")
-        try:
-            self._shake_hands(identity)
-        except BaseException:
-            self._channel.close()
-            raise
-        compute = self._channel.stream_stream(f"/{rpc.EXPERT_SERVICE}/Compute")
-        self._incoming: Iterator[bytes] = compute(iter(self._outgoing.get, None))
-
-    def __repr__(self) -> str:
-        waits = f", waits for {self._waits_for}" if self._waits_since else ""
-        return f"WorkerStream({self.worker.name} at {self.worker.address}{waits})"
-
-    def _shake_hands(self, identity: rpc.Identity) -> None:
-        hello = self._channel.unary_unary(
-            f"/{rpc.EXPERT_SERVICE}/Hello",
-            request_serializer=peer_pb2.HelloRequest.SerializeToString,
-            response_deserializer=peer_pb2.HelloReply.FromString,
-        )
-        try:
-            reply = hello(identity.hello(), timeout=rpc.HANDSHAKE_TIMEOUT_S)
-        except grpc.RpcError as error:
-            if error.code() in rpc.REFUSALS:
-                raise HandshakeError(error.details()) from error
-            raise ExpertsUnavailableError(
-                f"{self.worker.name} at {self.worker.address} does not answer: "
-                f"{rpc.describe(error)}"
-            ) from error
-        identity.check(reply)
-        if reply.incarnation != self.worker.incarnation:
-            raise ExpertsUnavailableError(
-                f"{self.worker.name} at {self.worker.address} has been replaced by another process"
-            )
-
-    def send(self, call: wire.Call) -> None:
-        """Queue a call; gRPC's own thread sends it."""
-        self._outgoing.put(wire.encode_call(call))
-
-    def receive(self, call: wire.Call) -> wire.Reply:
-        """The answer to a call, with its sums. Calls must be received in the order they were sent.
-
-        Raises ExpertsUnavailableError when the worker is gone, late or does not hold the experts,
-        ExpertFailedError when it says that the call itself cannot be answered.
-        """
-        where = f"{self.worker.name} at {self.worker.address}, layer {call.layer}"
-        self._waits_for, self._waits_since = where, time.monotonic()
-        try:
-            reply = self._next_reply()
-            while reply.call_id < call.call_id:  # of a step that was given up
-                reply = self._next_reply()
-        except (grpc.RpcError, StopIteration) as error:
-            reason = rpc.describe(error) if isinstance(error, grpc.RpcError) else "stream ended"
-            raise ExpertsUnavailableError(f"{where}: {reason}") from error
-        except WireError as error:
-            raise ExpertsUnavailableError(f"{where}: unreadable answer: {error}") from error
-        finally:
-            self._waits_since, self._was_slow = None, False
-        if (reply.call_id, reply.incarnation) != (call.call_id, self.worker.incarnation):
-            raise ExpertsUnavailableError(f"{where}: the answer belongs to another call")
-        if reply.error == expert_pb2.ERROR_NOT_HELD:
-            raise ExpertsUnavailableError(f"{where}: {reply.message}")
-        if reply.error:
-            raise ExpertFailedError(f"{where}: {reply.message}")
-        if reply.sums_RD.shape != call.x_RD.shape:
-            raise ExpertsUnavailableError(
-                f"{where}: sums of shape {tuple(reply.sums_RD.shape)} for rows of shape "
-                f"{tuple(call.x_RD.shape)}"
-            )
-        return reply
-
-    def _next_reply(self) -> wire.Reply:
-        return wire.decode_reply(next(self._incoming))
-
-    def watch(self, now: float) -> None:
-        """Cancel a read that has waited too long. Called from the watchdog's thread."""
-        since = self._waits_since
-        if since is None:
-            return
-        if now - since > self._timeout_s:
-            logger.warning("no answer within %.1f s from %s", self._timeout_s, self._waits_for)
-            self._incoming.cancel()  # type: ignore[attr-defined]
-        elif now - since > SLOW_AFTER_S and not self._was_slow:
-            self._was_slow = True
-            logger.warning("waiting since %.1f s for %s", now - since, self._waits_for)
-
-    def close(self) -> None:
-        self._outgoing.put(None)
-        self._incoming.cancel()  # type: ignore[attr-defined]
-        self._channel.close()
+ASK_AGAIN_S = 0.1
+"""How long rows wait before a worker that refused them is asked again, if nothing changes."""
 
 
 @dataclass(frozen=True)
@@ -180,14 +44,15 @@ class _Part:
     """Rows of T, int64."""
     assignments: Assignments
     """The same assignments as the call's, with rows of T."""
-    stream: WorkerStream | None
-    """None: the worker could not be reached."""
+    stream: WorkerStream
+    sent_at: float
+    overdue_at: float
 
 
 class RemoteExperts:
     """All experts of a model, on the workers that the placement names.
 
-    Owned by the engine's thread. A watchdog thread bounds every wait.
+    Owned by the engine's thread; the streams come and go in the background.
     """
 
     def __init__(
@@ -198,130 +63,178 @@ class RemoteExperts:
         timeout_s: float,
         recovery_timeout_s: float,
         phases: Phases = UNWATCHED,
+        metrics: HeadMetrics | None = None,
+        cross_check: CrossCheck | None = None,
     ) -> None:
-        """timeout_s: for one answer. recovery_timeout_s: for a new placement after a failure.
+        """timeout_s: for one answer; less where another copy could give it, see AnswerTimes.
+        recovery_timeout_s: how long rows wait for somebody who can compute them.
         phases: told when rows are packed, under way and unpacked.
+        cross_check: offered what is sent; ended by `close`.
         """
         self.phases = phases
-        self._feed = feed
-        self._identity = identity
         self._timeout_s = timeout_s
         self._recovery_timeout_s = recovery_timeout_s
-        self._placement: Placement | None = None
-        self._streams: dict[WorkerInfo, WorkerStream] = {}
+        self._metrics = metrics or HeadMetrics()
+        self._cross_check = cross_check
+        self._directory = Directory(feed, identity, drain_s=timeout_s)
+        self._times: dict[WorkerInfo, AnswerTimes] = {}
+        """Of every worker that ever answered; a few numbers each."""
         self._next_call_id = 1
-        self._closed = threading.Event()
-        self._watchdog = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-        self._watchdog.start()
 
     def __repr__(self) -> str:
-        epoch = self._placement.epoch if self._placement else None
-        return f"RemoteExperts(epoch {epoch}, {list(self._streams.values())})"
+        return f"RemoteExperts({self._directory})"
+
+    @property
+    def epoch(self) -> int | None:
+        """Of the placement that rows go by now."""
+        return self._directory.epoch
+
+    def connect(self, timeout_s: float) -> bool:
+        """Wait until every expert can be asked for; says whether that is so."""
+        return self._directory.wait_for_routes(timeout_s)
+
+    def close(self) -> None:
+        """End all streams."""
+        self._directory.close()
+        if self._cross_check is not None:
+            self._cross_check.close()
 
     def dispatch(self, layer: int, x_TD: Tensor, routing: Routing) -> "RemoteRows":
         """Send every row to the workers that hold its experts."""
         self.phases.enter("packing")
-        self._adopt_newest()
         assignments = assign(layer, routing)
-        return RemoteRows(self, layer, x_TD, self.send(layer, x_TD, assignments))
+        parts = self._send(layer, x_TD, assignments)
+        if self._cross_check is not None and parts:
+            self._cross_check.offer(x_TD, assignments, self._copies)
+        return RemoteRows(self, layer, x_TD, assignments, parts)
 
-    def send(self, layer: int, x_TD: Tensor, assignments: Assignments) -> list[_Part]:
-        """Choose a copy of each expert, split by worker, in ascending order, and send the parts."""
-        assert self._placement is not None, "dispatch before the first placement"
-        table, workers = self._placement.table[layer], self._placement.workers
-        connected = {index for index, worker in enumerate(workers) if worker in self._streams}
-        wanted = []
-        for unit, count in assignments.counts:
-            copies = table[unit.expert_id]
-            found = options(unit, copies, connected) or options(unit, copies, range(len(workers)))
-            wanted.append((count, found))
+    def receive(self, part: _Part, *, is_timely: bool) -> wire.Reply:
+        """The answer to a part. Drops the stream of a worker that fails, and raises why.
+
+        is_timely: nothing else has held the caller up, so the worker's time may be measured.
+        """
+        worker = part.stream.worker
+        try:
+            reply = part.stream.receive(part.call, part.overdue_at)
+        except CallRefusedError:
+            raise
+        except ExpertsUnavailableError:
+            if self._directory.lose(part.stream):
+                self._metrics.observe_lost_worker()
+            raise
+        if is_timely:
+            times = self._times.setdefault(worker, AnswerTimes())
+            times.observe(len(part.assignments.rows_A), time.monotonic() - part.sent_at)
+        return reply
+
+    def send_again(
+        self,
+        rows: "RemoteRows",
+        lost: Sequence[Assignments],
+        refused_by: set[WorkerInfo],
+        cause: ExpertsUnavailableError | None,
+    ) -> tuple[list[_Part], bool]:
+        """Send what was lost to others, as soon as there are any.
+
+        Returns the parts, and whether they are all of the dispatch anew: a lost slice can only be
+        made good by the same slice, or by computing everything again in another way.
+        Raises ExpertsUnavailableError if that takes too long.
+        """
+        started = time.monotonic()
+        has_slices = any(unit.num_slices > 1 for each in lost for unit, _ in each.counts)
+        attempts = [(lost, False), *([([rows.assignments], True)] if has_slices else [])]
+        while True:
+            for wanted, is_all in attempts:
+                parts = self._send_all(rows, wanted, refused_by)
+                if parts is not None:
+                    num_rows = sum(len(each.rows_A) for each in wanted)
+                    self._metrics.observe_resent(num_rows, time.monotonic() - started)
+                    return parts, is_all
+            left_s = started + self._recovery_timeout_s - time.monotonic()
+            if left_s <= 0:
+                raise ExpertsUnavailableError(
+                    f"{cause or f'nobody holds all experts of layer {rows.layer}'}; "
+                    f"no replacement within {self._recovery_timeout_s:.0f} s"
+                ) from cause
+            logger.warning("%s; rows wait, %.1f s at most", cause or "no worker to ask", left_s)
+            self._directory.wait_for_change(min(left_s, ASK_AGAIN_S) if refused_by else left_s)
+            refused_by.clear()
+
+    def _send_all(
+        self, rows: "RemoteRows", wanted: Sequence[Assignments], refused_by: Collection[WorkerInfo]
+    ) -> list[_Part] | None:
+        """Send all of these or, if some cannot be sent, none."""
+        routes = self._directory.routes()
+        if routes is None or not all(
+            self._options(routes, unit, refused_by) for each in wanted for unit, _ in each.counts
+        ):
+            return None
+        sent: list[_Part] = []
+        for each in wanted:
+            sent += self._send(rows.layer, rows.x_TD, each, refused_by) or []
+        return sent
+
+    def _send(
+        self,
+        layer: int,
+        x_TD: Tensor,
+        assignments: Assignments,
+        refused_by: Collection[WorkerInfo] = (),
+    ) -> list[_Part] | None:
+        """Choose copies, split by worker, in ascending order, and send each its part.
+
+        None, and nothing is sent, if there is nobody to ask for some of them.
+        """
+        routes = self._directory.routes()
+        assert routes is not None, "dispatch before the first placement"
+        wanted = [
+            (count, self._options(routes, unit, refused_by)) for unit, count in assignments.counts
+        ]
+        if not all(found for _, found in wanted):
+            return None
         parts = []
         for worker, mine in split(assignments, choose(wanted)):
             rows_R, local_A = mine.rows_A.unique(return_inverse=True)
             call = wire.Call(
                 call_id=self._next_call_id,
-                epoch=self._placement.epoch,
+                epoch=routes.placement.epoch,
                 layer=layer,
                 x_RD=x_TD[rows_R],
                 assignments=Assignments(mine.counts, local_A, mine.weights_A),
             )
             self._next_call_id += 1
-            stream = self._streams.get(self._placement.workers[worker])
-            if stream is not None:
-                stream.send(call)
-            parts.append(_Part(call, rows_R, mine, stream))
+            stream = routes.streams[worker]
+            stream.send(call)
+            now = time.monotonic()
+            overdue_at = now + self._deadline_s(routes, worker, mine)
+            parts.append(_Part(call, rows_R, mine, stream, now, overdue_at))
         return parts
 
-    def receive(self, part: _Part) -> wire.Reply:
-        """The answer to a part. Drops the stream of a worker that fails, and raises why."""
-        if part.stream is None or part.stream not in self._streams.values():
-            raise ExpertsUnavailableError(f"no connection for layer {part.call.layer}")
-        try:
-            return part.stream.receive(part.call)
-        except ExpertsUnavailableError:
-            self._streams.pop(part.stream.worker).close()
-            raise
+    def _copies(self, unit: Unit) -> tuple[int, list[tuple[WorkerInfo, ...]]]:
+        """The epoch, and the workers of each copy of a unit that can be asked."""
+        routes = self._directory.routes()
+        assert routes is not None
+        workers = routes.placement.workers
+        found = routes.options(unit)
+        return routes.placement.epoch, [tuple(workers[n] for n in copy) for copy in found]
 
-    def recover(self, cause: ExpertsUnavailableError) -> None:
-        """Connect to where the experts are now, old worker or new.
-
-        Raises ExpertsUnavailableError if that takes too long.
-        """
-        logger.warning("%s; its rows wait for another connection or placement", cause)
-        if not self.connect(self._recovery_timeout_s):
-            raise ExpertsUnavailableError(
-                f"{cause}; no replacement within {self._recovery_timeout_s:.0f} s"
-            ) from cause
-        logger.warning(
-            "connected again, at epoch %d", self._placement.epoch if self._placement else 0
+    def _options(
+        self, routes: Routes, unit: Unit, refused_by: Collection[WorkerInfo]
+    ) -> list[Copy]:
+        if not refused_by:
+            return routes.options(unit)
+        workers = routes.placement.workers
+        return routes.options_among(
+            unit, [number for number in routes.streams if workers[number] not in refused_by]
         )
 
-    def connect(self, timeout_s: float) -> bool:
-        """Try until all workers of the newest placement are connected; says whether they are."""
-        deadline = time.monotonic() + timeout_s
-        placement = self._feed.wait_for_newer(None, timeout_s)
-        while placement is not None and not self._adopt(placement):
-            left_s = deadline - time.monotonic()
-            if left_s <= 0:
-                return False
-            placement = self._feed.wait_for_newer(placement, min(left_s, RECONNECT_EVERY_S))
-        return placement is not None
-
-    def close(self) -> None:
-        """End all streams."""
-        self._closed.set()
-        self._watchdog.join()
-        for stream in self._streams.values():
-            stream.close()
-        self._streams = {}
-
-    def _adopt_newest(self) -> None:
-        placement = self._feed.wait_for_newer(self._placement, 0)
-        if placement is not None and placement is not self._placement:
-            self._adopt(placement)
-
-    def _adopt(self, placement: Placement) -> bool:
-        """Go by this placement from now on; says whether all its workers are connected."""
-        streams = {}
-        for worker in placement.workers:
-            stream = self._streams.pop(worker, None)
-            try:
-                streams[worker] = stream or WorkerStream(
-                    worker, self._identity, timeout_s=self._timeout_s
-                )
-            except (ExpertsUnavailableError, HandshakeError) as error:
-                logger.warning("epoch %d: %s", placement.epoch, error)
-        for stream in self._streams.values():
-            stream.close()
-        self._streams, self._placement = streams, placement
-        logger.info("placement %d: %d workers connected", placement.epoch, len(streams))
-        return len(streams) == len(placement.workers)
-
-    def _watch(self) -> None:
-        while not self._closed.wait(0.1):
-            now = time.monotonic()
-            for stream in list(self._streams.values()):
-                stream.watch(now)
+    def _deadline_s(self, routes: Routes, worker: int, mine: Assignments) -> float:
+        """How long to wait for a worker: short where others could do the same."""
+        if not all(routes.can_do_without(unit, worker) for unit, _ in mine.counts):
+            return self._timeout_s
+        times = self._times.get(routes.placement.workers[worker])
+        deadline_s = times.deadline_s(len(mine.rows_A)) if times else None
+        return self._timeout_s if deadline_s is None else min(deadline_s, self._timeout_s)
 
 
 @dataclass(frozen=True)
@@ -331,7 +244,9 @@ class RemoteRows:
     experts: RemoteExperts
     layer: int
     x_TD: Tensor
-    parts: list[_Part]
+    assignments: Assignments
+    parts: list[_Part] | None
+    """None: some of the experts could not be asked for."""
 
     def wait(self) -> Tensor:
         """Weighted sums (T, D) float32, added in ascending order of the workers.
@@ -339,30 +254,35 @@ class RemoteRows:
         Raises ExpertsUnavailableError when rows could not be computed anywhere in time, or
         ExpertFailedError when they cannot be computed at all.
         """
+        phases = self.experts.phases
         sums_TD = torch.zeros(self.x_TD.shape, dtype=torch.float32, device=self.x_TD.device)
-        parts, phases = self.parts, self.experts.phases
         compute_s = 0.0
-        while parts:
-            lost, cause = [], None
+        parts = self.parts or []
+        lost = [self.assignments] if self.parts is None else []
+        cause: ExpertsUnavailableError | None = None
+        refused_by: set[WorkerInfo] = set()
+        while True:
             for part in parts:
                 phases.enter("transfer")
                 try:
-                    reply = self.experts.receive(part)
+                    reply = self.experts.receive(part, is_timely=cause is None)
                 except ExpertsUnavailableError as error:
-                    lost.append(part)
+                    if isinstance(error, CallRefusedError):
+                        refused_by.add(part.stream.worker)
+                    logger.warning("%s; %d rows are sent again", error, len(part.rows_R))
+                    lost.append(part.assignments)
                     cause = error
                     continue
                 phases.enter("unpacking")
                 compute_s = max(compute_s, reply.compute_s)
                 sums_TD.index_add_(0, part.rows_R, reply.sums_RD.to(sums_TD.device))
-            if cause is None:
+            if not lost:
                 break
-            # Only the lost parts are sent again. Experts keep no state, so twice does no harm.
-            self.experts.recover(cause)
-            parts = [
-                again
-                for part in lost
-                for again in self.experts.send(self.layer, self.x_TD, part.assignments)
-            ]
+            # Experts keep no state, so twice does no harm.
+            phases.enter("packing")
+            parts, is_all = self.experts.send_again(self, lost, refused_by, cause)
+            lost = []
+            if is_all:
+                sums_TD.zero_()
         phases.reveal(compute_s, was="transfer", really="experts")
         return sums_TD

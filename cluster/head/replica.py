@@ -9,6 +9,7 @@ import logging
 import os
 import threading
 import time
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -20,9 +21,11 @@ from cluster import rpc
 from cluster.config import ServeConfig, listen_host
 from cluster.follow import HeadReport, follow
 from cluster.head.build import new_compiler, new_engine
-from cluster.head.dispatch import PlacementFeed, RemoteExperts
+from cluster.head.cross_check import CrossCheck
+from cluster.head.dispatch import RemoteExperts
 from cluster.head.engine import Engine
 from cluster.head.probe import pass_through_every_expert
+from cluster.head.routes import PlacementFeed
 from cluster.head.service import HeadService
 from cluster.head.stopwatch import Stopwatch
 from cluster.metrics import HeadMetrics
@@ -51,13 +54,14 @@ class HeadReplica:
         self._controller = controller
         self._report = HeadReport(self._name)
         self._feed = PlacementFeed()
+        self._epoch = 0
         self._is_stopping = threading.Event()
         self._engine: Engine | None = None
         self._service: HeadService | None = None
         self._server: grpc.Server | None = None
         self._loop = asyncio.get_running_loop()
         self._follower = asyncio.create_task(
-            follow(controller, self._on_view, lambda: self._report)
+            follow(controller, self._on_view, lambda: replace(self._report, epoch=self._epoch))
         )
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -98,6 +102,7 @@ class HeadReplica:
     def _on_view(self, view: ClusterView) -> None:
         if view.placement is not None:
             self._feed.put(view.placement)
+            self._epoch = view.placement.epoch  # the engine adopts it before it sends anything
 
     def _run(self) -> None:
         """The engine thread's life."""
@@ -125,6 +130,7 @@ class HeadReplica:
             attention=config.attention,
             phases=stopwatch,
         )
+        metrics = HeadMetrics()
         fingerprint = rpc.fingerprint(checkpoint.config, config.dtype)
         identity = rpc.Identity(self._name, fingerprint, security)
         experts = RemoteExperts(
@@ -133,13 +139,14 @@ class HeadReplica:
             timeout_s=config.expert_timeout_s,
             recovery_timeout_s=config.recovery_timeout_s,
             phases=stopwatch,
+            metrics=metrics,
+            cross_check=self._new_cross_check(identity, metrics),
         )
         try:
             while not experts.connect(timeout_s=1.0):
                 if self._is_stopping.is_set():
                     return
             pass_through_every_expert(decoder, experts)
-            metrics = HeadMetrics()
             grammars = new_compiler(checkpoint)
             self._engine = new_engine(config, decoder, experts, metrics, grammars, stopwatch)
             self._service = HeadService(self._engine, identity, metrics, grammars)
@@ -158,6 +165,13 @@ class HeadReplica:
                 self._server.stop(0)  # nobody computes any more: let requests go elsewhere at once
             experts.close()
 
+    def _new_cross_check(self, identity: rpc.Identity, metrics: HeadMetrics) -> CrossCheck | None:
+        """None where it is not wanted, or copies differ since they are held in different forms."""
+        share = self._config.cross_check_share
+        if not share or len(set(self._config.worker_quantization)) > 1:
+            return None
+        return CrossCheck(identity, metrics, share=share)
+
     def _say(self, report: HeadReport) -> None:
         """Tell the controller at once, rather than with the next call of `follow`."""
         self._report = report
@@ -165,7 +179,7 @@ class HeadReplica:
 
     async def _tell(self, report: HeadReport) -> None:
         try:
-            await self._controller.watch.remote(-1, report)
+            await self._controller.watch.remote(-1, replace(report, epoch=self._epoch))
         except Exception as error:
             # `follow` repeats the report with its next call.
             logger.info("%s: the controller did not take the report: %r", self._name, error)

@@ -3,6 +3,7 @@
 Knows schema, text and the engine behind it; knows no HTTP and no protocol's replies.
 """
 
+import logging
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing
 from typing import Protocol
@@ -16,6 +17,7 @@ from cluster.ingress.prepare import ApiSettings, Preparer, Work
 from cluster.ingress.text import AnswerText, TextDelta, generate_text, joined
 from cluster.metrics import IngressMetrics
 from cluster.schema import (
+    IGNORED,
     ChatCompletionRequest,
     ClassifyRequest,
     CompletionRequest,
@@ -24,6 +26,8 @@ from cluster.schema import (
 )
 from model.chat import ChatFormat
 from model.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 class Engine(Protocol):
@@ -75,6 +79,7 @@ class Answerer:
         self.engine = engine
         self.tokenizer = tokenizer
         self.settings = settings
+        self.chat_format = chat
         self.prepare = Preparer(tokenizer, chat, settings)
         self._metrics = metrics
         self._limit = ConcurrencyLimit(settings.max_concurrent_requests)
@@ -129,9 +134,23 @@ class Answerer:
             self._metrics.observe_prompt(sum(len(prompt) for prompt in prompts))
             return await classify_all(lambda prompt: self.engine.classify(prompt, client), prompts)
 
+    @property
+    def num_in_progress(self) -> int:
+        """Requests that hold a place."""
+        return self._limit.num_open
+
+    def note_ignored(self, body: ModelRequest) -> None:
+        """Count the fields that a request gives and nothing here looks at."""
+        ignored = body.ignored()
+        if ignored:
+            logger.debug("ignored fields: %s", ", ".join(ignored)[:200])
+        for name in ignored:
+            self._metrics.observe_ignored(name if name in IGNORED else "other")
+
     def _check(self, body: ModelRequest) -> None:
         """Refuse a request that cannot be served, whatever its prompt."""
         self.prepare.check(body)
+        self.note_ignored(body)
         readiness = self.engine.readiness()
         if not readiness.ready:
             raise RequestError(

@@ -1,34 +1,45 @@
 """Anthropic's Messages API as a door to chat: its request to chat's, an answer to its message."""
 
+import json
 import uuid
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
-from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse
-from fastapi.responses import Response as HttpResponse
-from fastapi.routing import APIRoute
+from fastapi import APIRouter, Request, Response
 
 from cluster.errors import RequestError
 from cluster.ingress import sse
 from cluster.ingress.answerer import Answerer
+from cluster.ingress.document import ERRORS, GENERATION, STREAMED, TOKENS
 from cluster.ingress.door import client_of, conversation, reply, told_by
-from cluster.ingress.errors import as_request_error
+from cluster.ingress.errors import ANTHROPIC_PATH, anthropic_body
 from cluster.ingress.prepare import Work
 from cluster.ingress.text import TextDelta
-from cluster.schema import ChatCompletionRequest
+from cluster.ingress.tool_calls import CallDelta
+from cluster.schema import (
+    ChatCompletionRequest,
+    ChatMessage,
+    FunctionCall,
+    FunctionDefinition,
+    Tool,
+    ToolCall,
+)
 from cluster.schema.anthropic import (
-    AnswerBlock,
     AnthropicError,
-    AnthropicErrorDetail,
     AnthropicMessage,
-    Content,
     CountTokensRequest,
     MessageEvent,
     MessagesRequest,
+    MessagesTool,
     MessageUsage,
     StopReason,
+    TextBlock,
     TokenCount,
+    ToolResultBlock,
+    ToolUseBlock,
+    Turn,
+    Words,
 )
 
 _IN_CHAT = {
@@ -43,39 +54,45 @@ _IN_CHAT = {
 """What chat calls the fields that it has, too."""
 
 _NAMES = {
+    "continue_final_message": "messages",
     "max_completion_tokens": "max_tokens",
+    "parameters": "tools",
     "response_format": "output_config.format",
+    "tool_calls": "messages",
 }
 """What a caller calls the fields that chat's refusals name."""
 
-_ERROR_TYPES = {
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    413: "request_too_large",
-    429: "rate_limit_error",
-    503: "overloaded_error",
+
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {**told, "model": AnthropicError} for status, told in ERRORS.items()
 }
 
 
 def router(answerer: Answerer) -> APIRouter:
     """POST /v1/messages and /v1/messages/count_tokens."""
-    routes = APIRouter(route_class=_Route)
+    routes = APIRouter()
 
-    @routes.post("/v1/messages", response_model=AnthropicMessage)
-    async def messages(body: MessagesRequest, request: Request) -> HttpResponse:
+    @routes.post(
+        ANTHROPIC_PATH,
+        response_model=AnthropicMessage,
+        responses={**STREAMED, **_ERRORS},
+        tags=[GENERATION],
+    )
+    async def messages(body: MessagesRequest, request: Request) -> Response:
         """Answer a conversation, in Anthropic's words."""
         answerer.prepare.check(body)
+        answerer.note_ignored(body)
         with told_by(_NAMES):
             work = answerer.chat(chat_request(body), client_of(request, body.metadata.user_id))
         return await reply(
             request, answerer, work, MessagesReplies(work, answerer.settings.model_id)
         )
 
-    @routes.post("/v1/messages/count_tokens")
+    @routes.post(f"{ANTHROPIC_PATH}/count_tokens", responses=_ERRORS, tags=[TOKENS])
     async def count_tokens(body: CountTokensRequest) -> TokenCount:
         """How many tokens a conversation is, template included."""
         answerer.prepare.check(body)
+        answerer.note_ignored(body)
         with told_by(_NAMES):
             work = answerer.prepare.chat(chat_request(body), client="")
         return TokenCount(input_tokens=work.usage(0).prompt_tokens)
@@ -83,10 +100,15 @@ def router(answerer: Answerer) -> APIRouter:
     return routes
 
 
+_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
+"""What chat calls the tool choices without a name."""
+
+
 def chat_request(body: CountTokensRequest) -> ChatCompletionRequest:
     """The same request in the words of chat completions."""
-    turns = [] if body.system is None else [("system", _text(body.system))]
-    turns += [(turn.role, _text(turn.content)) for turn in body.messages]
+    turns = [message for turn in body.messages for message in _messages(turn)]
+    if body.system is not None:
+        turns.insert(0, ChatMessage(role="system", content=_text(body.system)))
     fields: dict[str, Any] = {
         ours: getattr(body, theirs)
         for theirs, ours in _IN_CHAT.items()
@@ -95,11 +117,52 @@ def chat_request(body: CountTokensRequest) -> ChatCompletionRequest:
     if isinstance(body, MessagesRequest) and body.output_config.format is not None:
         schema = {"name": "output", "schema": body.output_config.format.json_schema}
         fields["response_format"] = {"type": "json_schema", "json_schema": schema}
-    return ChatCompletionRequest(messages=conversation(turns), **fields)
+    choice = body.tool_choice
+    if choice is not None:
+        named = {"type": "function", "function": {"name": choice.name}}
+        fields["tool_choice"] = _CHOICES.get(choice.type, named)
+        fields["parallel_tool_calls"] = not choice.disable_parallel_tool_use
+    return ChatCompletionRequest(
+        messages=conversation(turns),
+        tools=[_tool(tool) for tool in body.tools],
+        # an answer that the caller has begun is to be gone on with
+        continue_final_message=body.messages[-1].role == "assistant",
+        **fields,
+    )
 
 
-def _text(content: Content) -> str:
-    return content if isinstance(content, str) else "\n".join(block.text for block in content)
+def _tool(tool: MessagesTool) -> Tool:
+    return Tool(
+        function=FunctionDefinition(
+            name=tool.name, description=tool.description, parameters=tool.input_schema
+        )
+    )
+
+
+def _messages(turn: Turn) -> Iterator[ChatMessage]:
+    """A turn's messages: what tools have answered, then the rest."""
+    if isinstance(turn.content, str):
+        yield ChatMessage(role=turn.role, content=turn.content)
+        return
+    texts, calls = [], []
+    for block in turn.content:
+        match block:
+            case TextBlock():
+                texts.append(block.text)
+            case ToolUseBlock():
+                arguments = json.dumps(block.input, ensure_ascii=False)
+                function = FunctionCall(name=block.name, arguments=arguments)
+                calls.append(ToolCall(id=block.id, function=function))
+            case ToolResultBlock():
+                result = _text(block.content)
+                yield ChatMessage(role="tool", tool_call_id=block.tool_use_id, content=result)
+    if texts or calls:
+        text = "\n".join(texts) if texts else None
+        yield ChatMessage(role=turn.role, content=text, tool_calls=calls or None)
+
+
+def _text(words: Words) -> str:
+    return words if isinstance(words, str) else "\n".join(block.text for block in words)
 
 
 class MessagesReplies:
@@ -110,29 +173,38 @@ class MessagesReplies:
         self._model_id = model_id
         self._id = f"msg_{uuid.uuid4().hex}"
         self._num_tokens = 0
+        self._num_blocks = 0  # that have begun; the last one is open
+        self._is_in_text = False
         self._end = TextDelta("")
 
     def whole(self, answer: TextDelta) -> AnthropicMessage:
         """The message that is not streamed."""
         self._take(answer)
         reason, sequence = self._stop()
-        return self._message(
-            content=[AnswerBlock(text=answer.text)], stop_reason=reason, stop_sequence=sequence
-        )
+        content: list[TextBlock | ToolUseBlock] = [_block(call) for call in answer.tool_calls]
+        if answer.text or not content:
+            content.insert(0, TextBlock(text=answer.text))
+        return self._message(content=content, stop_reason=reason, stop_sequence=sequence)
 
     def opening(self) -> Iterator[bytes]:
         yield _event("message_start", message=self._message(content=[]))
-        yield _event("content_block_start", index=0, content_block=AnswerBlock(text=""))
-        yield _event("ping")
 
     def delta(self, _index: int, delta: TextDelta) -> Iterator[bytes]:
         self._take(delta)
         if delta.text:
-            news = {"type": "text_delta", "text": delta.text}
-            yield _event("content_block_delta", index=0, delta=news)
+            if not self._is_in_text:
+                yield from self._begin(TextBlock(text=""))
+            yield self._news("text_delta", text=delta.text)
+        for call in delta.tool_calls:
+            if call.id is not None:
+                yield from self._begin(_block(replace(call, arguments="")))
+            if call.arguments:
+                yield self._news("input_json_delta", partial_json=call.arguments)
 
     def closing(self) -> Iterator[bytes]:
-        yield _event("content_block_stop", index=0)
+        if not self._num_blocks:
+            yield from self._begin(TextBlock(text=""))
+        yield _event("content_block_stop", index=self._num_blocks - 1)
         reason, sequence = self._stop()
         yield _event(
             "message_delta",
@@ -142,7 +214,23 @@ class MessagesReplies:
         yield _event("message_stop")
 
     def failure(self, error: RequestError) -> Iterator[bytes]:
-        yield sse.event(_error_body(error), name="error")
+        yield sse.event(anthropic_body(error), name="error")
+
+    def _begin(self, block: TextBlock | ToolUseBlock) -> Iterator[bytes]:
+        """End the block that is open, and open this one."""
+        if self._num_blocks:
+            yield _event("content_block_stop", index=self._num_blocks - 1)
+        yield _event("content_block_start", index=self._num_blocks, content_block=block)
+        if not self._num_blocks:
+            yield _event("ping")
+        self._num_blocks += 1
+        self._is_in_text = isinstance(block, TextBlock)
+
+    def _news(self, kind: str, **fields: Any) -> bytes:
+        """Of the block that is open."""
+        return _event(
+            "content_block_delta", index=self._num_blocks - 1, delta={"type": kind, **fields}
+        )
 
     def _take(self, delta: TextDelta) -> None:
         self._num_tokens += len(delta.token_ids)
@@ -153,6 +241,8 @@ class MessagesReplies:
         end = self._end
         if end.finish == "length":
             return "max_tokens", None
+        if end.finish == "tool_calls":
+            return "tool_use", None
         if isinstance(end.stop_reason, str):
             return "stop_sequence", end.stop_reason
         return "end_turn", None
@@ -171,27 +261,15 @@ class MessagesReplies:
         )
 
 
-class _Route(APIRoute):
-    """Answers every failure in Anthropic's words."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, HttpResponse]]:
-        handle = super().get_route_handler()
-
-        async def handle_or_refuse(request: Request) -> HttpResponse:
-            try:
-                return await handle(request)
-            except Exception as error:
-                refusal = as_request_error(error)
-                body = _error_body(refusal).model_dump()
-                return JSONResponse(body, refusal.status, refusal.headers)
-
-        return handle_or_refuse
-
-
-def _error_body(error: RequestError) -> AnthropicError:
-    other = "api_error" if error.status >= 500 else "invalid_request_error"
-    kind = _ERROR_TYPES.get(error.status, other)
-    return AnthropicError(error=AnthropicErrorDetail(type=kind, message=error.message))
+def _block(call: CallDelta) -> ToolUseBlock:
+    """A call as a block, which cannot tell arguments that are cut off, or no object."""
+    try:
+        given = json.loads(call.arguments or "{}")
+    except (ValueError, RecursionError):
+        given = {}
+    return ToolUseBlock(
+        id=call.id or "", name=call.name or "", input=given if isinstance(given, dict) else {}
+    )
 
 
 def _event(kind: str, **fields: Any) -> bytes:

@@ -11,18 +11,21 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 
-from cluster.ingress import anthropic, errors, responses, sse
+from cluster.ingress import anthropic, errors, responses, sse, tokens
 from cluster.ingress.answerer import Answerer, Engine
 from cluster.ingress.auth import ANYBODY, Access
 from cluster.ingress.classify import classification
 from cluster.ingress.clients import client_key
 from cluster.ingress.disconnect import unless_disconnected
+from cluster.ingress.document import GENERATION, MODELS, SERVICE, STREAMED, new_app
 from cluster.ingress.limits import BodyLimit
 from cluster.ingress.prepare import ApiSettings, Work
 from cluster.ingress.replies import ChatReplies, ChunkForm, CompletionReplies, Replies
 from cluster.ingress.request_log import RequestLog
 from cluster.metrics import IngressMetrics
 from cluster.schema import (
+    RESUMED_TOKENS,
+    Alive,
     ChatCompletion,
     ChatCompletionRequest,
     Classification,
@@ -59,8 +62,9 @@ def create_app(
         async with engine.running(), beside(answerer):
             yield
 
-    app = FastAPI(title="Maestrale", lifespan=lifespan)
+    app = new_app(lifespan)
     app.include_router(_Api(answerer).router())
+    app.include_router(tokens.router(answerer))
     app.include_router(responses.router(answerer))
     app.include_router(anthropic.router(answerer))
     errors.install(app)
@@ -80,15 +84,28 @@ class _Api:
 
     def router(self) -> APIRouter:
         router = APIRouter()
-        router.post("/v1/completions", response_model=Completion)(self.completions)
-        router.post("/v1/chat/completions", response_model=ChatCompletion)(self.chat_completions)
-        for path in ("/classify", "/v1/classify"):
-            router.post(path, response_model=Classification)(self.classify)
-        router.get("/v1/models")(self.models)
-        router.get("/v1/models/{model_id:path}")(self.model)
-        router.get("/health")(self.health)
-        router.get("/ready", response_model=Readiness)(self.ready)
-        router.get("/metrics", response_class=PlainTextResponse)(self.export)
+        for path, answer, reply in (
+            ("/v1/completions", self.completions, Completion),
+            ("/v1/chat/completions", self.chat_completions, ChatCompletion),
+        ):
+            router.post(path, response_model=reply, responses=STREAMED, tags=[GENERATION])(answer)
+        for path, is_documented in (("/classify", False), ("/v1/classify", True)):
+            router.post(
+                path,
+                response_model=Classification,
+                tags=[GENERATION],
+                include_in_schema=is_documented,
+            )(self.classify)
+        router.get("/v1/models", tags=[MODELS])(self.models)
+        router.get("/v1/models/{model_id:path}", tags=[MODELS])(self.model)
+        router.get("/health", tags=[SERVICE])(self.health)
+        not_ready: dict[int | str, dict[str, Any]] = {
+            503: {"model": Readiness, "description": "Not ready yet."}
+        }
+        router.get("/ready", response_model=Readiness, responses=not_ready, tags=[SERVICE])(
+            self.ready
+        )
+        router.get("/metrics", response_class=PlainTextResponse, tags=[SERVICE])(self.metrics)
         return router
 
     async def completions(self, body: CompletionRequest, request: Request) -> Response:
@@ -120,22 +137,23 @@ class _Api:
         self._answerer.prepare.check_model(model_id)
         return self._model()
 
-    async def health(self) -> dict[str, str]:
+    async def health(self) -> Alive:
         """This process is alive."""
-        return {"status": "ok"}
+        return Alive()
 
     async def ready(self) -> JSONResponse:
         """Whether a real forward pass has gone through every expert; 503 before."""
         readiness = self._answerer.engine.readiness()
         return JSONResponse(readiness.model_dump(), 200 if readiness.ready else 503)
 
-    async def export(self) -> str:
+    async def metrics(self) -> str:
         """Metrics of all processes, in Prometheus' text format."""
         return await self._answerer.engine.metrics()
 
     def _model(self) -> Model:
         return Model(
             id=self._settings.model_id,
+            root=self._settings.model_id,
             created=self._created,
             max_model_len=self._settings.max_model_len,
         )
@@ -145,7 +163,10 @@ class _Api:
             form = ChunkForm(work, replies)
             keep_alive_s = self._settings.sse_keep_alive_s
             deltas = self._answerer.deltas(work)
-            return await sse.stream(request, deltas, form, keep_alive_s=keep_alive_s)
+            stream = await sse.stream(request, deltas, form, keep_alive_s=keep_alive_s)
+            if work.body.resume_token_ids:
+                stream.headers[RESUMED_TOKENS] = str(len(work.body.resume_token_ids))
+            return stream
         answers = await unless_disconnected(request, self._answerer.answers(work))
         return JSONResponse(replies.whole(answers).model_dump())
 

@@ -1,4 +1,4 @@
-"""Who may use the HTTP API: keys, and pages of which other sites. ASGI middleware.
+"""Who may use the API: keys, and over HTTP pages of which other sites, as ASGI middleware.
 
 Keys are known here by their digests only, and stand in no log.
 """
@@ -77,6 +77,32 @@ class Access:
             is_known |= compare_digest(given, digest)
         return is_known
 
+    def refusal(self, key: str | None, is_local: bool) -> RequestError | None:
+        """Why a caller with this key may not use it, or None.
+
+        is_local: whether the request came in where only this machine can reach us.
+        """
+        if not self.digests:
+            if self.allow_open or is_local:
+                return None
+            return RequestError(
+                403,
+                "this server has no API keys and therefore answers on loopback only: its operator "
+                f"must set api_keys_file, {KEYS_VARIABLE} or allow_open_http",
+                kind="permission_error",
+            )
+        if key is not None and self.knows(key):
+            return None
+        return RequestError(
+            401,
+            "no API key was given: send it as a bearer token in the Authorization header"
+            if key is None
+            else "the API key is not one of this server's",
+            kind="authentication_error",
+            code="invalid_api_key",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
+
     def protect(self, app: ASGIApp) -> ASGIApp:
         """The app behind the check of keys, and that behind the answers to browsers."""
         checked = KeyCheck(app, access=self)
@@ -108,42 +134,21 @@ class KeyCheck:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            key = _given_key(scope)
-            refusal = None if _is_open(scope) else self._refusal(scope, key)
+            key = key_in(Headers(scope=scope))
+            refusal = None if _is_open(scope) else self._access.refusal(key, _is_local(scope))
             if refusal is not None:
-                await error_response(refusal)(scope, receive, send)
+                await error_response(refusal, scope["path"])(scope, receive, send)
                 return
             if key is not None:
                 MutableHeaders(scope=scope)["Authorization"] = f"Bearer {key}"
         await self._app(scope, receive, send)
 
-    def _refusal(self, scope: Scope, key: str | None) -> RequestError | None:
-        access = self._access
-        if not access.digests:
-            if access.allow_open or _is_local(scope):
-                return None
-            return RequestError(
-                403,
-                "this server has no API keys and therefore answers on loopback only: its operator "
-                f"must set api_keys_file, {KEYS_VARIABLE} or allow_open_http",
-                kind="permission_error",
-            )
-        if key is not None and access.knows(key):
-            return None
-        return RequestError(
-            401,
-            "no API key was given: send it as a bearer token in the Authorization header"
-            if key is None
-            else "the API key is not one of this server's",
-            kind="authentication_error",
-            code="invalid_api_key",
-            headers={"WWW-Authenticate": "Bearer"},
-        )
 
+def key_in(headers: Mapping[str, str]) -> str | None:
+    """The key that a request shows; the bearer token goes before `x-api-key`.
 
-def _given_key(scope: Scope) -> str | None:
-    """The key that a request shows; the bearer token goes before `x-api-key`."""
-    headers = Headers(scope=scope)
+    headers: by names in lower case.
+    """
     scheme, _, token = headers.get("authorization", "").strip().partition(" ")
     if scheme.lower() == "bearer" and token.strip():
         return token.strip()

@@ -3,8 +3,9 @@
 import asyncio
 import logging
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
@@ -13,6 +14,8 @@ from ray import serve
 from cluster import rpc
 from cluster.config import ServeConfig
 from cluster.follow import follow
+from cluster.ingress import users_grpc
+from cluster.ingress.answerer import Answerer
 from cluster.ingress.api import create_app
 from cluster.ingress.auth import Access, read_api_keys
 from cluster.ingress.heads import HeadPool
@@ -50,6 +53,11 @@ class Ingress:
         name = f"ingress-{serve.get_replica_context().replica_id.unique_id}"
         security = Security.load(config.network, "ingress", os.environ)
         identity = rpc.Identity(name, rpc.fingerprint(model, config.dtype), security)
+        access = Access.with_keys(
+            read_api_keys(config.api_keys_file, os.environ),
+            allow_open=config.allow_open_http,
+            allowed_origins=config.allowed_origins,
+        )
         self._app = create_app(
             Cluster(
                 controller,
@@ -79,15 +87,31 @@ class Ingress:
                 sse_keep_alive_s=config.sse_keep_alive_s,
             ),
             metrics,
-            Access.with_keys(
-                read_api_keys(config.api_keys_file, os.environ),
-                allow_open=config.allow_open_http,
-                allowed_origins=config.allowed_origins,
-            ),
+            access,
+            beside=_grpc_door(config, metrics, access),
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._app
+
+
+def _grpc_door(
+    config: ServeConfig, metrics: IngressMetrics, access: Access
+) -> Callable[[Answerer], AbstractAsyncContextManager[Any]]:
+    """What opens the users' gRPC door, if there is to be one."""
+    if config.grpc_port is None:
+        return nullcontext
+    host = f"[{config.grpc_host}]" if ":" in config.grpc_host else config.grpc_host
+    credentials = None
+    if config.grpc_certificate is not None and config.grpc_key is not None:
+        credentials = users_grpc.credentials_of(config.grpc_certificate, config.grpc_key)
+    return partial(
+        users_grpc.serving,
+        metrics=metrics,
+        address=f"{host}:{config.grpc_port}",
+        access=access,
+        credentials=credentials,
+    )
 
 
 class Cluster:
@@ -131,14 +155,14 @@ class Cluster:
                 workers=[],
             )
         placement, num_ready = view.placement, self._heads.num_ready
-        is_ready = placement is not None and num_ready > 0
-        phase = view.phase
-        if view.is_ready and not is_ready:
-            phase = "waiting for a head replica"  # which the controller still, or only, knows
+        # A head that was lost just now is still listed: requests wait for the next. One that the
+        # controller does not list, since it has just started anew, still computes.
+        is_ready = view.is_ready or (placement is not None and num_ready > 0)
+        phase, percent = ("ready", 100) if is_ready else (view.phase, view.percent)
         return Readiness(
             ready=is_ready,
             phase=phase,
-            percent=view.percent,
+            percent=percent,
             error=view.error,
             epoch=placement.epoch if placement else 0,
             heads_ready=num_ready,

@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from fastapi import Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from cluster.errors import RequestError
 from cluster.ingress import sse
@@ -38,23 +39,40 @@ async def reply(request: Request, answerer: Answerer, work: Work, form: AnswerFo
 
 
 def client_of(request: Request, user: str | None) -> str:
-    """Who asks; see client_key. Anthropic's header of keys counts like OpenAI's."""
-    key = request.headers.get("x-api-key")
-    return client_key(f"Bearer {key}" if key else request.headers.get("authorization"), user)
+    """Who asks; see client_key."""
+    return client_key(request.headers.get("authorization"), user)
 
 
-def conversation(turns: Iterable[tuple[str, str]]) -> list[ChatMessage]:
-    """Messages of chat completions, of roles and texts.
+def conversation(turns: Iterable[ChatMessage]) -> list[ChatMessage]:
+    """The messages of a chat request.
 
     Turns of one role that follow each other become one message, as Anthropic's API promises and as
-    most templates need it; so do a system prompt and the system messages right behind it.
+    most templates need it; so do a system prompt and the system messages right behind it, and what
+    the assistant has said and called. Results of tools stay apart.
     """
     messages: list[ChatMessage] = []
-    for role, text in turns:
-        if messages and messages[-1].role == role:
-            text = f"{messages.pop().text}\n{text}"
-        messages.append(ChatMessage(role=role, content=text))
+    for turn in turns:
+        if messages and messages[-1].role == turn.role != "tool":
+            turn = _as_one(messages.pop(), turn)
+        messages.append(turn)
     return messages
+
+
+def _as_one(first: ChatMessage, second: ChatMessage) -> ChatMessage:
+    texts = [each.text for each in (first, second) if each.text is not None]
+    calls = [*(first.tool_calls or ()), *(second.tool_calls or ())]
+    return ChatMessage(
+        role=first.role, content="\n".join(texts) if texts else None, tool_calls=calls or None
+    )
+
+
+def invalid(error: ValidationError, names: Mapping[str, str]) -> RequestValidationError:
+    """As if the body that came over HTTP were wrong. names: as for told_by."""
+    problems = []
+    for item in error.errors():
+        field, *rest = item["loc"] or ("body",)
+        problems.append({**item, "loc": ("body", names.get(str(field), field), *rest)})
+    return RequestValidationError(problems)
 
 
 @contextmanager
@@ -62,6 +80,8 @@ def told_by(names: Mapping[str, str]) -> Iterator[None]:
     """Name the field at fault as the caller knows it. names: its names by those of chat."""
     try:
         yield
+    except ValidationError as error:
+        raise invalid(error, names) from error
     except RequestError as error:
         ours = error.param
         if ours is None or ours not in names:

@@ -1,4 +1,6 @@
-"""Every failure as OpenAI's nested error object, with the right status and no traceback."""
+"""Every failure as OpenAI's nested error object, or Anthropic's for those who speak its API, with
+the right status and no traceback.
+"""
 
 import logging
 from typing import Any
@@ -10,9 +12,23 @@ from starlette.exceptions import HTTPException
 
 from cluster.errors import HeadUnavailableError, RequestError
 from cluster.schema import ErrorBody, ErrorDetail
+from cluster.schema.anthropic import AnthropicError, AnthropicErrorDetail
 from model.errors import PromptError, SamplingError
 
 logger = logging.getLogger(__name__)
+
+ANTHROPIC_PATH = "/v1/messages"
+"""Here and below it, callers speak Anthropic's API."""
+
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+"""By status; other failures are the caller's below 500, and ours above."""
 
 _MAX_REPORTED = 5
 """Validation errors named in one answer."""
@@ -49,10 +65,19 @@ def error_body(error: RequestError) -> ErrorBody:
     )
 
 
-def error_response(error: Exception) -> JSONResponse:
-    """The whole answer to a request that failed."""
+def anthropic_body(error: RequestError) -> AnthropicError:
+    """Anthropic's error object."""
+    other = "api_error" if error.status >= 500 else "invalid_request_error"
+    kind = _ANTHROPIC_TYPES.get(error.status, other)
+    return AnthropicError(error=AnthropicErrorDetail(type=kind, message=error.message))
+
+
+def error_response(error: Exception, path: str) -> JSONResponse:
+    """The whole answer to a request to this path that failed."""
     mapped = as_request_error(error)
-    return JSONResponse(error_body(mapped).model_dump(), mapped.status, mapped.headers)
+    is_anthropic = path == ANTHROPIC_PATH or path.startswith(f"{ANTHROPIC_PATH}/")
+    body = anthropic_body(mapped) if is_anthropic else error_body(mapped)
+    return JSONResponse(body.model_dump(), mapped.status, mapped.headers)
 
 
 def install(app: FastAPI) -> None:
@@ -60,8 +85,8 @@ def install(app: FastAPI) -> None:
     framework would do with those comes after the last middleware, where no request id is added.
     """
 
-    async def answer(_request: Request, error: Exception) -> JSONResponse:
-        return error_response(error)
+    async def answer(request: Request, error: Exception) -> JSONResponse:
+        return error_response(error, request.url.path)
 
     for kind in (
         RequestError,

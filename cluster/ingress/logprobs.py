@@ -32,9 +32,8 @@ class Candidate:
     """UTF-8 that it would add."""
     logprob: float
 
-    @property
-    def spelling(self) -> str:
-        return _spell(self.data)
+    def spelling(self, *, as_id: bool) -> str:
+        return _spell_id(self.token_id) if as_id else _spell(self.data)
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,7 @@ class TokenReport:
     """
 
     offset: int
+    token_id: int
     data: bytes
     chosen: Candidate | None = None
     rank: int = 0
@@ -61,7 +61,7 @@ def report(
     chosen = _candidate(decoder, token_id, logprobs.logprob)
     top = zip(logprobs.top_ids, logprobs.top_logprobs, strict=True)
     candidates = tuple(_candidate(decoder, *each) for each in top)
-    return TokenReport(offset, chosen.data, chosen, logprobs.rank, candidates)
+    return TokenReport(offset, token_id, chosen.data, chosen, logprobs.rank, candidates)
 
 
 def report_prompt(
@@ -69,7 +69,7 @@ def report_prompt(
 ) -> list[TokenReport]:
     """Of all tokens of a prompt; logprobs are those of the second and all later ones."""
     decoder = StreamDecoder(tokenizer, continues_text=False)
-    reports = [TokenReport(0, decoder.bytes_of(token_ids[0]))]
+    reports = [TokenReport(0, token_ids[0], decoder.bytes_of(token_ids[0]))]
     offset = len(decoder.push(token_ids[0]))
     for token_id, one in zip(token_ids[1:], logprobs, strict=True):
         shown = TokenLogprobs(
@@ -80,24 +80,26 @@ def report_prompt(
     return reports
 
 
-def completion_logprobs(reports: Iterable[TokenReport]) -> CompletionLogprobs:
-    """In the shape of OpenAI's completions."""
+def completion_logprobs(
+    reports: Iterable[TokenReport], *, as_ids: bool = False
+) -> CompletionLogprobs:
+    """In the shape of OpenAI's completions. as_ids: spell tokens as vLLM's `token_id:42`."""
     reports = list(reports)
     return CompletionLogprobs(
-        tokens=[_spell(one.data) for one in reports],
+        tokens=[_spell_id(one.token_id) if as_ids else _spell(one.data) for one in reports],
         token_logprobs=[_floored(one.chosen.logprob) if one.chosen else None for one in reports],
-        top_logprobs=[_by_spelling(one) for one in reports],
+        top_logprobs=[_by_spelling(one, as_id=as_ids) for one in reports],
         text_offset=[one.offset for one in reports],
     )
 
 
-def chat_logprobs(reports: Iterable[TokenReport]) -> ChatLogprobs:
-    """In the shape of OpenAI's chat completions."""
+def chat_logprobs(reports: Iterable[TokenReport], *, as_ids: bool = False) -> ChatLogprobs:
+    """In the shape of OpenAI's chat completions; as_ids as above."""
     return ChatLogprobs(
         content=[
             ContentLogprob(
-                **_token_logprob(one.chosen).model_dump(),
-                top_logprobs=[_token_logprob(candidate) for candidate in one.top],
+                **_token_logprob(one.chosen, as_id=as_ids).model_dump(),
+                top_logprobs=[_token_logprob(candidate, as_id=as_ids) for candidate in one.top],
             )
             for one in reports
             if one.chosen
@@ -121,24 +123,28 @@ def _spell(data: bytes) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
+def _spell_id(token_id: int) -> str:
+    return f"token_id:{token_id}"
+
+
 def _floored(logprob: float) -> float:
     return max(logprob, FLOOR)
 
 
-def _by_spelling(one: TokenReport) -> dict[str, float] | None:
+def _by_spelling(one: TokenReport, *, as_id: bool) -> dict[str, float] | None:
     """Of those that are spelled alike the chosen one, else the likeliest."""
     if one.chosen is None:
         return None
     found: dict[str, float] = {}
     for candidate in one.top:
-        found.setdefault(candidate.spelling, _floored(candidate.logprob))
-    found[one.chosen.spelling] = _floored(one.chosen.logprob)
+        found.setdefault(candidate.spelling(as_id=as_id), _floored(candidate.logprob))
+    found[one.chosen.spelling(as_id=as_id)] = _floored(one.chosen.logprob)
     return found
 
 
-def _token_logprob(candidate: Candidate) -> TokenLogprob:
+def _token_logprob(candidate: Candidate, *, as_id: bool) -> TokenLogprob:
     return TokenLogprob(
-        token=candidate.spelling,
+        token=candidate.spelling(as_id=as_id),
         logprob=_floored(candidate.logprob),
         bytes=list(candidate.data),
     )
@@ -152,7 +158,7 @@ def _by_id(one: TokenReport) -> dict[int, PromptLogprob] | None:
         candidate.token_id: PromptLogprob(
             logprob=_floored(candidate.logprob),
             rank=rank,
-            decoded_token=candidate.spelling,
+            decoded_token=candidate.spelling(as_id=False),
         )
         for rank, candidate in ranked
     }

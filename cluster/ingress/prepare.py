@@ -5,22 +5,27 @@ Knows schema and text; knows no HTTP, no engine and no stream. Every refusal is 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from cluster.errors import RequestError
 from cluster.ingress.journal import Journal
+from cluster.ingress.resume import resume
 from cluster.ingress.sampling import sampling_params
 from cluster.ingress.structured import grammar_spec
 from cluster.ingress.text import TextRules
-from cluster.ingress.tools import ToolUse, conversation, tool_use
+from cluster.ingress.tools import ToolUse, conversation, shown_tools, tool_use
 from cluster.schema import (
     MAX_CHOICES,
     ChatCompletionRequest,
+    ChatMessage,
     ClassifyRequest,
     CompletionRequest,
-    Conversation,
+    DetokenizeRequest,
     GenerationRequest,
     ModelRequest,
     PromptTokensDetails,
+    Rendering,
+    TokenizeRequest,
     Usage,
 )
 from model.chat import RESERVED, ChatFormat
@@ -103,8 +108,11 @@ class Preparer:
         return self._work(
             body,
             client,
-            [self._prompt_ids(prompt, "prompt") for prompt in given],
-            echoes=[self._text(prompt) if body.echo else None for prompt in given],
+            [
+                self._prompt_ids(prompt, "prompt", has_begin=body.add_special_tokens)
+                for prompt in given
+            ],
+            echoes=[self._text(prompt) for prompt in given] if body.echo else None,
             continues_text=True,
             max_tokens=body.max_tokens,
             num_logprobs=body.logprobs,
@@ -114,12 +122,14 @@ class Preparer:
     def chat(self, body: ChatCompletionRequest, client: str) -> Work:
         """Work of a chat completion; client is who asks. Raises RequestError, SamplingError."""
         use = tool_use(body, self._chat)
-        prompt = self.chat_ids(body, use)
+        ids = self._chat_ids(
+            body.messages, body, shown=use.shown, calls_tools=use.grammar is not None
+        )
         return self._work(
             body,
             client,
-            [prompt],
-            echoes=[None],
+            [ids],
+            echoes=None,
             continues_text=body.continue_final_message,
             max_tokens=body.max_completion_tokens or body.max_tokens,
             num_logprobs=body.top_logprobs if body.logprobs else None,
@@ -127,9 +137,40 @@ class Preparer:
             use=use,
         )
 
-    def chat_ids(self, body: Conversation, use: ToolUse) -> tuple[int, ...]:
-        """Ids of a conversation, as the chat template renders it. Raises RequestError."""
-        messages = conversation(body.messages)
+    def tokens(self, body: TokenizeRequest) -> tuple[int, ...]:
+        """Ids of a text or a conversation. Raises RequestError."""
+        self._check_supported(body)
+        if body.messages is None:
+            if body.prompt is None:
+                raise RequestError(
+                    400, "prompt: a prompt or messages must be given", param="prompt"
+                )
+            has_begin = body.add_special_tokens is not False
+            return self._prompt_ids(body.prompt, "prompt", has_begin=has_begin)
+        if body.add_special_tokens:
+            raise RequestError(
+                400,
+                "add_special_tokens: a conversation has what its chat template writes",
+                param="add_special_tokens",
+            )
+        return self._chat_ids(body.messages, body, shown=shown_tools(body.tools, self._chat))
+
+    def text(self, body: DetokenizeRequest) -> str:
+        """Text of ids. Raises RequestError."""
+        self._check_supported(body)
+        self._check_ids(body.tokens, "tokens")
+        return self._tokenizer.decode(body.tokens)
+
+    def _chat_ids(
+        self,
+        given: Sequence[ChatMessage],
+        body: Rendering,
+        *,
+        shown: Sequence[dict[str, Any]],
+        calls_tools: bool = False,
+    ) -> tuple[int, ...]:
+        """Ids of a conversation, as the chat template renders it."""
+        messages = conversation(given)
         self._check_length(sum(len(each.content or "") for each in messages), "messages")
         reserved = RESERVED.intersection(body.chat_template_kwargs)
         if reserved:
@@ -149,8 +190,8 @@ class Preparer:
         try:
             ids = self._chat.encode(
                 messages,
-                tools=use.shown,
-                calls_tools=use.grammar is not None,
+                tools=shown,
+                calls_tools=calls_tools,
                 adds_prompt=body.opens_turn,
                 continues_last=body.continue_final_message,
                 variables=body.chat_template_kwargs,
@@ -175,7 +216,8 @@ class Preparer:
         context = self._settings.max_model_len
         prompts = []
         for given in _prompts(body.input, "input"):
-            prompt = trim_padding(self._prompt_ids(given, "input"), self._settings.pad_token_id)
+            ids = self._prompt_ids(given, "input")
+            prompt = trim_padding(ids, self._settings.pad_token_id)
             if len(prompt) > context:
                 raise RequestError(
                     400,
@@ -188,7 +230,7 @@ class Preparer:
 
     def check(self, body: ModelRequest) -> None:
         """Refuse a request that cannot be served, whatever its prompt."""
-        self.check_model(body.model)
+        self._check_supported(body)
         model_id, classifies = self._settings.model_id, self._settings.labels is not None
         if classifies and not isinstance(body, ClassifyRequest):
             message = f"{model_id} classifies and does not generate: use /v1/classify"
@@ -196,29 +238,39 @@ class Preparer:
         if not classifies and isinstance(body, ClassifyRequest):
             message = f"{model_id} generates and has no score head to classify with"
             raise RequestError(400, message, param="model", code="unsupported")
+
+    def _check_supported(self, body: ModelRequest) -> None:
+        self.check_model(body.model)
         unsupported = body.first_unsupported()
         if unsupported:
             raise RequestError(
                 400, f"{unsupported} is not supported yet", param=unsupported, code="unsupported"
             )
 
-    def _prompt_ids(self, prompt: str | list[int], field: str) -> tuple[int, ...]:
+    def _prompt_ids(
+        self, prompt: str | list[int], field: str, *, has_begin: bool = True
+    ) -> tuple[int, ...]:
+        """has_begin: whether a text gets the begin token."""
         if not prompt:
             raise RequestError(400, f"{field}: must not be empty", param=field)
-        if isinstance(prompt, str):
-            self._check_length(len(prompt), field)
-            try:
-                return tuple(self._tokenizer.encode_prompt(prompt))
-            except PromptError as error:
-                raise RequestError(400, f"{field}: {error}", param=field) from error
+        if not isinstance(prompt, str):
+            self._check_ids(prompt, field)
+            return tuple(prompt)
+        self._check_length(len(prompt), field)
+        try:
+            ids = self._tokenizer.encode(prompt)
+        except PromptError as error:
+            raise RequestError(400, f"{field}: {error}", param=field) from error
+        return (self._tokenizer.bos_id, *ids) if has_begin else tuple(ids)
+
+    def _check_ids(self, ids: Sequence[int], field: str) -> None:
         vocab_size = self._settings.vocab_size
-        if max(prompt) >= vocab_size:
+        if max(ids, default=0) >= vocab_size:
             raise RequestError(
                 400,
-                f"{field}: token id {max(prompt)} is out of vocabulary ({vocab_size} ids)",
+                f"{field}: token id {max(ids)} is out of vocabulary ({vocab_size} ids)",
                 param=field,
             )
-        return tuple(prompt)
 
     def _text(self, prompt: str | list[int]) -> str:
         return prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt)
@@ -240,7 +292,7 @@ class Preparer:
         client: str,
         prompts: Sequence[tuple[int, ...]],
         *,
-        echoes: Sequence[str | None],
+        echoes: Sequence[str] | None,
         continues_text: bool,
         max_tokens: int | None,
         num_logprobs: int | None,
@@ -248,9 +300,15 @@ class Preparer:
         use: ToolUse = NO_TOOLS,
     ) -> Work:
         """One journal per prompt and choice. max_tokens: None for the rest of the context; 0 for
-        the prompt alone.
+        the prompt alone. echoes: texts of the prompts, where answers are to begin with them.
         """
         settings = self._settings
+        kept = [self._truncated(body, prompt, max_tokens) for prompt in prompts]
+        if echoes is not None:
+            echoes = [
+                text if ids == whole else self._tokenizer.decode(list(ids))
+                for text, ids, whole in zip(echoes, kept, prompts, strict=True)
+            ]
         if len(prompts) * body.num_drawn > MAX_CHOICES:
             field = "n" if body.best_of is None else "best_of"
             raise RequestError(
@@ -282,9 +340,10 @@ class Preparer:
                 grammar=grammar,
                 num_drafts=settings.num_drafts if drafts is None else drafts,
             )
-            for prompt in prompts
+            for prompt in kept
             for choice in range(body.num_drawn)
         ]
+        resume(body, journals, vocab_size=settings.vocab_size)
         own_ends = () if body.ignore_eos else settings.eos_token_ids
         rules = TextRules(
             continues_text=continues_text,
@@ -295,7 +354,19 @@ class Preparer:
             is_prompt_only=max_tokens == 0,
             calls=use.rules,
         )
-        return Work(body, journals, rules, tuple(echoes))
+        return Work(body, journals, rules, tuple(echoes or [None] * len(kept)))
+
+    def _truncated(
+        self, body: GenerationRequest, prompt: tuple[int, ...], max_tokens: int | None
+    ) -> tuple[int, ...]:
+        """What a request wants to keep of a prompt: its end."""
+        match body.truncate_prompt_tokens:
+            case None:
+                return prompt
+            case -1:
+                return prompt[-max(1, self._settings.max_model_len - max(1, max_tokens or 1)) :]
+            case number:
+                return prompt[-number:]
 
     def _room(
         self, body: GenerationRequest, prompt: tuple[int, ...], max_tokens: int | None
@@ -320,10 +391,8 @@ class Preparer:
         return room if max_tokens is None else min(room, max(1, max_tokens))
 
 
-def _prompts(
-    prompt: str | list[int] | list[str] | list[list[int]], field: str
-) -> list[str | list[int]]:
-    """All prompts of a body's field, whichever of the four forms it has."""
+def _prompts(prompt: str | list[int] | list[str | list[int]], field: str) -> list[str | list[int]]:
+    """All prompts of a body's field, whichever of its forms it has."""
     if isinstance(prompt, str):
         return [prompt]
     ids = [item for item in prompt if isinstance(item, int)]

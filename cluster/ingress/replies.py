@@ -70,7 +70,7 @@ class ChunkForm:
         self._replies = replies
         self._has_usage = options.include_usage
         self._has_usage_everywhere = options.include_usage and options.continuous_usage_stats
-        self._num_told = 0
+        self._num_told = len(work.body.resume_token_ids)
 
     def opening(self) -> Iterator[bytes]:
         return map(self._event, self._replies.opening())
@@ -154,7 +154,8 @@ class CompletionReplies:
 
     def _logprobs(self, delta: TextDelta) -> CompletionLogprobs | None:
         wanted = self._work.rules.num_logprobs is not None
-        return completion_logprobs(delta.reports) if wanted else None
+        as_ids = self._work.body.return_tokens_as_token_ids
+        return completion_logprobs(delta.reports, as_ids=as_ids) if wanted else None
 
     def _reply(self, choices: list[CompletionChoice], usage: Usage | None = None) -> Completion:
         return Completion(
@@ -223,7 +224,9 @@ class ChatReplies:
         )
 
     def _logprobs(self, delta: TextDelta) -> ChatLogprobs | None:
-        return chat_logprobs(delta.reports) if self._work.rules.num_logprobs is not None else None
+        wanted = self._work.rules.num_logprobs is not None
+        as_ids = self._work.body.return_tokens_as_token_ids
+        return chat_logprobs(delta.reports, as_ids=as_ids) if wanted else None
 
     def _token_ids(self, delta: TextDelta) -> list[int] | None:
         return list(delta.token_ids) if self._work.body.return_token_ids else None

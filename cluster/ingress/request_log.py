@@ -57,7 +57,7 @@ class RequestLog:
                 return  # nobody is left to answer, and nothing is wrong
             if status != HUNG_UP:
                 raise  # the answer has begun: Serve can only break it off
-            await error_response(error)(scope, receive, tagged)
+            await error_response(error, scope["path"])(scope, receive, tagged)
         finally:
             route = scope.get("route")  # unknown paths share one label
             endpoint = getattr(route, "path", "other")

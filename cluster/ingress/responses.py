@@ -6,35 +6,53 @@ Nothing is stored, so every request brings its whole conversation.
 import time
 import uuid
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import APIRouter, Request
-from fastapi.responses import Response as HttpResponse
+from fastapi import Response as HttpResponse
 
 from cluster.errors import RequestError
 from cluster.ingress import sse
 from cluster.ingress.answerer import Answerer
+from cluster.ingress.document import GENERATION, STREAMED
 from cluster.ingress.door import client_of, conversation, reply, told_by
 from cluster.ingress.logprobs import chat_logprobs
 from cluster.ingress.prepare import Work
-from cluster.ingress.text import TextDelta
-from cluster.schema import ChatCompletionRequest, ContentLogprob
+from cluster.ingress.text import TextDelta, joined
+from cluster.ingress.tool_calls import CallDelta
+from cluster.schema import (
+    ChatCompletionRequest,
+    ChatMessage,
+    FunctionCall,
+    FunctionDefinition,
+    Tool,
+    ToolCall,
+)
 from cluster.schema.responses import (
+    FunctionTool,
     IncompleteDetails,
+    InputCall,
+    InputCallOutput,
     InputMessage,
     InputTokensDetails,
+    NamedTool,
+    OutputCall,
+    OutputItem,
     OutputMessage,
     OutputText,
     Response,
     ResponseError,
     ResponsesRequest,
     ResponseUsage,
+    Status,
     StreamEvent,
+    Words,
 )
 
 _IN_CHAT = {
     "max_output_tokens": "max_completion_tokens",
     "model": "model",
+    "parallel_tool_calls": "parallel_tool_calls",
     "stream": "stream",
     "temperature": "temperature",
     "top_logprobs": "top_logprobs",
@@ -46,7 +64,9 @@ _IN_CHAT = {
 _NAMES = {
     "max_completion_tokens": "max_output_tokens",
     "messages": "input",
+    "parameters": "tools",
     "response_format": "text.format",
+    "tool_calls": "input",
 }
 """What a caller calls the fields that chat's refusals name."""
 
@@ -55,10 +75,11 @@ def router(answerer: Answerer) -> APIRouter:
     """POST /v1/responses."""
     routes = APIRouter()
 
-    @routes.post("/v1/responses", response_model=Response)
+    @routes.post("/v1/responses", response_model=Response, responses=STREAMED, tags=[GENERATION])
     async def responses(body: ResponsesRequest, request: Request) -> HttpResponse:
         """Answer a conversation, in the Responses API's words. Nothing is stored."""
         answerer.prepare.check(body)
+        answerer.note_ignored(body)
         with told_by(_NAMES):
             work = answerer.chat(chat_request(body), client_of(request, body.user))
         replies = ResponsesReplies(body, work, answerer.settings.model_id)
@@ -69,11 +90,13 @@ def router(answerer: Answerer) -> APIRouter:
 
 def chat_request(body: ResponsesRequest) -> ChatCompletionRequest:
     """The same request in the words of chat completions."""
-    turns = [] if body.instructions is None else [("system", body.instructions)]
+    turns = []
+    if body.instructions is not None:
+        turns.append(ChatMessage(role="system", content=body.instructions))
     if isinstance(body.input, str):
-        turns.append(("user", body.input))
+        turns.append(ChatMessage(role="user", content=body.input))
     else:
-        turns += [(_role(item), _text(item)) for item in body.input]
+        turns += [_message(item) for item in body.input]
     fields: dict[str, Any] = {
         ours: getattr(body, theirs)
         for theirs, ours in _IN_CHAT.items()
@@ -81,21 +104,39 @@ def chat_request(body: ResponsesRequest) -> ChatCompletionRequest:
     }
     if body.text.format is not None:
         fields["response_format"] = body.text.format.response_format()
+    choice = body.tool_choice
+    if isinstance(choice, NamedTool):
+        fields["tool_choice"] = {"type": "function", "function": {"name": choice.name}}
+    else:
+        fields["tool_choice"] = choice
     return ChatCompletionRequest(
         messages=conversation(turns),
+        tools=[_tool(tool) for tool in body.tools],
         logprobs=bool(body.include or body.top_logprobs),
         **fields,
     )
 
 
-def _role(item: InputMessage) -> str:
-    return "system" if item.role == "developer" else item.role
+def _tool(tool: FunctionTool) -> Tool:
+    return Tool(function=FunctionDefinition(**tool.model_dump(exclude={"type"})))
 
 
-def _text(item: InputMessage) -> str:
-    if isinstance(item.content, str):
-        return item.content
-    return "\n".join(part.text for part in item.content)
+def _message(item: InputMessage | InputCall | InputCallOutput) -> ChatMessage:
+    match item:
+        case InputCall():
+            function = FunctionCall(name=item.name, arguments=item.arguments)
+            call = ToolCall(id=item.call_id, function=function)
+            return ChatMessage(role="assistant", tool_calls=[call])
+        case InputCallOutput():
+            result = _text(item.output)
+            return ChatMessage(role="tool", tool_call_id=item.call_id, content=result)
+        case InputMessage():
+            role = "system" if item.role == "developer" else item.role
+            return ChatMessage(role=role, content=_text(item.content))
+
+
+def _text(words: Words) -> str:
+    return words if isinstance(words, str) else "\n".join(part.text for part in words)
 
 
 class ResponsesReplies:
@@ -106,65 +147,23 @@ class ResponsesReplies:
         self._work = work
         self._model_id = model_id
         self._id = f"resp_{uuid.uuid4().hex}"
-        self._item_id = f"msg_{uuid.uuid4().hex}"
+        self._message_id = f"msg_{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._num_events = 0
-        self._num_tokens = 0
-        self._text = ""
-        self._logprobs: list[ContentLogprob] = []
-        self._is_cut = False
+        self._deltas: list[TextDelta] = []
+        self._open: OutputItem | None = None
+        self._num_items = 0  # that have begun; the last one may be open
 
     def whole(self, answer: TextDelta) -> Response:
-        """The response that is not streamed."""
-        self._take(answer)
-        return self._ended()
-
-    def opening(self) -> Iterator[bytes]:
-        begun = self._response("in_progress")
-        yield self._event("response.created", response=begun)
-        yield self._event("response.in_progress", response=begun)
-        item = OutputMessage(id=self._item_id, status="in_progress", content=[])
-        yield self._event("response.output_item.added", output_index=0, item=item)
-        yield self._part_event("response.content_part.added", part=OutputText(text=""))
-
-    def delta(self, _index: int, delta: TextDelta) -> Iterator[bytes]:
-        logprobs = self._take(delta)
-        if delta.text or logprobs:
-            yield self._part_event(
-                "response.output_text.delta", delta=delta.text, logprobs=logprobs
-            )
-
-    def closing(self) -> Iterator[bytes]:
-        item = self._item()
-        (part,) = item.content
-        yield self._part_event("response.output_text.done", text=part.text, logprobs=part.logprobs)
-        yield self._part_event("response.content_part.done", part=part)
-        yield self._event("response.output_item.done", output_index=0, item=item)
-        response = self._ended()
-        yield self._event(f"response.{response.status}", response=response)
-
-    def failure(self, error: RequestError) -> Iterator[bytes]:
-        failed = self._response("failed")
-        failed.error = ResponseError(code=error.code or error.kind, message=error.message)
-        yield self._event("response.failed", response=failed)
-
-    def _take(self, delta: TextDelta) -> list[ContentLogprob]:
-        """Add to the answer; returns the log-probabilities that are new."""
-        logprobs = chat_logprobs(delta.reports).content
-        self._text += delta.text
-        self._logprobs += logprobs
-        self._num_tokens += len(delta.token_ids)
-        self._is_cut = self._is_cut or delta.finish == "length"
-        return logprobs
-
-    def _ended(self) -> Response:
-        response = self._response("incomplete" if self._is_cut else "completed")
-        response.output = [self._item()]
-        if self._is_cut:
+        """The response, when all of the answer is there."""
+        is_cut = answer.finish == "length"
+        response = self._response("incomplete" if is_cut else "completed")
+        response.output = self._items(answer)
+        if is_cut:
             response.incomplete_details = IncompleteDetails()
         else:
             response.completed_at = int(time.time())
-        usage = self._work.usage(self._num_tokens)
+        usage = self._work.usage(len(answer.token_ids))
         details = usage.prompt_tokens_details
         response.usage = ResponseUsage(
             input_tokens=usage.prompt_tokens,
@@ -176,15 +175,80 @@ class ResponsesReplies:
         )
         return response
 
-    def _item(self) -> OutputMessage:
-        """The answer, as far as it has come."""
-        return OutputMessage(
-            id=self._item_id,
-            status="incomplete" if self._is_cut else "completed",
-            content=[OutputText(text=self._text, logprobs=self._logprobs)],
-        )
+    def opening(self) -> Iterator[bytes]:
+        begun = self._response("in_progress")
+        yield self._event("response.created", response=begun)
+        yield self._event("response.in_progress", response=begun)
 
-    def _response(self, status: Any) -> Response:
+    def delta(self, _index: int, delta: TextDelta) -> Iterator[bytes]:
+        self._deltas.append(delta)
+        if delta.text and not isinstance(self._open, OutputMessage):
+            yield from self._begin_message()
+        logprobs = chat_logprobs(delta.reports).content
+        if (delta.text or logprobs) and isinstance(self._open, OutputMessage):
+            yield self._part_event(
+                "response.output_text.delta", delta=delta.text, logprobs=logprobs
+            )
+        for call in delta.tool_calls:
+            if call.id is not None:
+                yield from self._begin(_call(call, "in_progress"))
+            if call.arguments:
+                yield self._item_event(
+                    "response.function_call_arguments.delta", delta=call.arguments
+                )
+
+    def closing(self) -> Iterator[bytes]:
+        if not self._num_items:
+            yield from self._begin_message()
+        yield from self._finish()
+        response = self.whole(joined(self._deltas))
+        yield self._event(f"response.{response.status}", response=response)
+
+    def failure(self, error: RequestError) -> Iterator[bytes]:
+        failed = self._response("failed")
+        failed.error = ResponseError(code=error.code or error.kind, message=error.message)
+        yield self._event("response.failed", response=failed)
+
+    def _begin_message(self) -> Iterator[bytes]:
+        yield from self._begin(OutputMessage(id=self._message_id, status="in_progress", content=[]))
+        yield self._part_event("response.content_part.added", part=OutputText(text=""))
+
+    def _begin(self, item: OutputItem) -> Iterator[bytes]:
+        """Finish the item that is open, and open this one without what is said of it later."""
+        if self._open is not None:
+            yield from self._finish()
+        self._open = item
+        self._num_items += 1
+        yield self._event("response.output_item.added", output_index=self._num_items - 1, item=item)
+
+    def _finish(self) -> Iterator[bytes]:
+        """Tell all of the item that is open."""
+        index = self._num_items - 1
+        item = self._items(joined(self._deltas))[index]
+        if isinstance(item, OutputMessage):
+            (part,) = item.content
+            yield self._part_event(
+                "response.output_text.done", text=part.text, logprobs=part.logprobs
+            )
+            yield self._part_event("response.content_part.done", part=part)
+        else:
+            yield self._item_event(
+                "response.function_call_arguments.done", name=item.name, arguments=item.arguments
+            )
+        yield self._event("response.output_item.done", output_index=index, item=item)
+
+    def _items(self, answer: TextDelta) -> list[OutputItem]:
+        """What an answer consists of; only its last item can be cut off."""
+        items: list[OutputItem] = []
+        if answer.text or not answer.tool_calls:
+            part = OutputText(text=answer.text, logprobs=chat_logprobs(answer.reports).content)
+            items.append(OutputMessage(id=self._message_id, status="completed", content=[part]))
+        items += [_call(call, "completed") for call in answer.tool_calls]
+        if answer.finish == "length":
+            items[-1].status = "incomplete"
+        return items
+
+    def _response(self, status: Status | Literal["failed"]) -> Response:
         """What was asked for, with no answer yet."""
         body, params = self._body, self._work.journals[0].params
         form = body.text.format
@@ -205,12 +269,31 @@ class ResponsesReplies:
                 else form.model_dump(by_alias=True, exclude_none=True)
             },
             metadata=body.metadata,
+            parallel_tool_calls=body.parallel_tool_calls,
+            tool_choice=body.tool_choice,
+            tools=body.tools,
         )
 
     def _part_event(self, kind: str, **fields: Any) -> bytes:
-        return self._event(kind, item_id=self._item_id, output_index=0, content_index=0, **fields)
+        """Of the text of the message that is open."""
+        return self._item_event(kind, content_index=0, **fields)
+
+    def _item_event(self, kind: str, **fields: Any) -> bytes:
+        """Of the item that is open."""
+        item_id = self._open.id if self._open else None
+        return self._event(kind, item_id=item_id, output_index=self._num_items - 1, **fields)
 
     def _event(self, kind: str, **fields: Any) -> bytes:
         event = StreamEvent(type=kind, sequence_number=self._num_events, **fields)
         self._num_events += 1
         return sse.event(event, name=kind)
+
+
+def _call(call: CallDelta, status: Status) -> OutputCall:
+    return OutputCall(
+        id=f"fc_{call.id}",
+        status=status,
+        call_id=call.id or "",
+        name=call.name or "",
+        arguments="" if status == "in_progress" else call.arguments,
+    )

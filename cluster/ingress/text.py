@@ -123,6 +123,9 @@ class AnswerText:
         """Reports, each with the number of characters that must be shown first."""
         self._is_stopped = False
         self._stop_token: int | None = None
+        if journal.emitted_ids:  # its reader has what they say
+            self.read()
+            self._num_told = self._num_read
 
     def read(self) -> TextDelta | None:
         """What is new in the journal, which is cut where the answer ends.

@@ -13,7 +13,7 @@ from typing import Any
 
 from cluster.errors import RequestError
 from cluster.ingress.tool_calls import CallRules
-from cluster.schema import ChatCompletionRequest, ChatMessage, FunctionDefinition, ToolChoice
+from cluster.schema import ChatCompletionRequest, ChatMessage, FunctionDefinition, Tool, ToolChoice
 from cluster.schema import ToolCall as AskedCall
 from model.chat import ChatFormat, Message, ToolCall
 from model.errors import GrammarError
@@ -46,14 +46,7 @@ def tool_use(body: ChatCompletionRequest, chat: ChatFormat) -> ToolUse:
         if is_forced:
             raise _refused("tool_choice", "there are no tools to choose from")
         return ToolUse()
-    if not chat.takes_tools:
-        raise RequestError(
-            400,
-            "tools: the chat template of this model does not tell it of tools in a form that is "
-            "known here",
-            param="tools",
-            code="unsupported",
-        )
+    shown = shown_tools(body.tools, chat)
     if body.response_format is not None and body.response_format.type != "text":
         raise _refused("response_format", "an answer that may call tools cannot have a form, too")
     if body.structured_outputs is not None and body.structured_outputs.wanted:
@@ -65,7 +58,7 @@ def tool_use(body: ChatCompletionRequest, chat: ChatFormat) -> ToolUse:
             raise _refused("tool_choice", f"there is no function {choice.function.name!r} in tools")
     only_one = not body.parallel_tool_calls or isinstance(choice, ToolChoice)
     return ToolUse(
-        shown=tuple(_shown(tool.function) for tool in body.tools),
+        shown=shown,
         rules=CallRules(
             frozenset(function.name for function in functions),
             marker_id=chat.calls_marker_id,
@@ -74,6 +67,19 @@ def tool_use(body: ChatCompletionRequest, chat: ChatFormat) -> ToolUse:
         ),
         grammar=_grammar(functions, only_one=only_one) if is_forced else None,
     )
+
+
+def shown_tools(tools: Sequence[Tool], chat: ChatFormat) -> tuple[dict[str, Any], ...]:
+    """Descriptions of tools, for the chat template. Raises RequestError (400) if it takes none."""
+    if tools and not chat.takes_tools:
+        raise RequestError(
+            400,
+            "tools: the chat template of this model does not tell it of tools in a form that is "
+            "known here",
+            param="tools",
+            code="unsupported",
+        )
+    return tuple(_shown(tool.function) for tool in tools)
 
 
 def conversation(messages: Sequence[ChatMessage]) -> list[Message]:

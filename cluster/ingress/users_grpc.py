@@ -9,19 +9,22 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
-from fastapi.exceptions import RequestValidationError
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from pydantic import ValidationError
 
+from cluster.config import is_loopback
 from cluster.errors import ConfigurationError
 from cluster.ingress.answerer import Answerer
+from cluster.ingress.auth import ANYBODY, Access, key_in
 from cluster.ingress.clients import client_key
+from cluster.ingress.door import invalid
 from cluster.ingress.errors import as_request_error
 from cluster.ingress.prepare import Work
 from cluster.ingress.request_log import HUNG_UP, request_id_of
@@ -59,17 +62,31 @@ _FINISH = {
 }
 
 
+def credentials_of(certificate: Path, key: Path) -> grpc.ServerCredentials:
+    """What callers see of us by TLS, of a certificate chain and its private key, PEM files.
+
+    Raises ConfigurationError when one of them cannot be read.
+    """
+    try:
+        return grpc.ssl_server_credentials([(key.read_bytes(), certificate.read_bytes())])
+    except OSError as error:
+        raise ConfigurationError(f"gRPC's certificate cannot be read: {error}") from error
+
+
 @asynccontextmanager
 async def serving(
     answerer: Answerer,
     metrics: IngressMetrics,
     address: str,
     *,
+    access: Access = ANYBODY,
     credentials: grpc.ServerCredentials | None = None,
 ) -> AsyncIterator[int]:
     """Serve at an address until the block is left; gives the port. Several processes of one machine
     may serve at the same: the kernel hands each connection to one of them.
 
+    address:     IP address and port; port 0 takes a free one.
+    access:      who may ask. Health and reflection are for everybody, as /health is.
     credentials: None serves in the clear.
     Raises ConfigurationError when nothing can listen there.
     """
@@ -81,7 +98,9 @@ async def serving(
             ("grpc.keepalive_timeout_ms", 10_000),
         ]
     )
-    maestrale_pb2_grpc.add_MaestraleServicer_to_server(UsersDoor(answerer, metrics), server)
+    maestrale_pb2_grpc.add_MaestraleServicer_to_server(
+        UsersDoor(answerer, metrics, access, is_local=is_loopback(_host_of(address))), server
+    )
     health_pb2_grpc.add_HealthServicer_to_server(_Health(answerer), server)
     names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)
@@ -108,9 +127,14 @@ class UsersDoor(maestrale_pb2_grpc.MaestraleServicer):
     whereas a generator would wait for the garbage collector.
     """
 
-    def __init__(self, answerer: Answerer, metrics: IngressMetrics) -> None:
+    def __init__(
+        self, answerer: Answerer, metrics: IngressMetrics, access: Access, *, is_local: bool
+    ) -> None:
+        """is_local: whether only this machine can reach the door."""
         self._answerer = answerer
         self._metrics = metrics
+        self._access = access
+        self._is_local = is_local
 
     async def Generate(  # noqa: N802 (gRPC's name)
         self, request: maestrale_pb2.GenerateRequest, context: Any
@@ -153,7 +177,12 @@ class UsersDoor(maestrale_pb2_grpc.MaestraleServicer):
         try:
             request_id = request_id_of(given.get("x-request-id"))
             await context.send_initial_metadata((("x-request-id", request_id),))
-            work = work_for(lambda body: client_key(given.get("authorization"), body.user))
+            key = key_in(given)
+            refused = self._access.refusal(key, self._is_local)
+            if refused is not None:
+                raise refused
+            bearer = None if key is None else f"Bearer {key}"
+            work = work_for(lambda body: client_key(bearer, body.user))
             num_tokens = 0
             async with aclosing(self._answerer.deltas(work)) as deltas:
                 async for _, delta in deltas:
@@ -209,6 +238,10 @@ class _Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # untyped
         return health_pb2.HealthCheckResponse(status=status)
 
 
+def _host_of(address: str) -> str:
+    return address.rpartition(":")[0].strip("[]")
+
+
 def _fields(request: Message) -> dict[str, Any]:
     """Those of a body over HTTP: of the request those that are set, its options among them."""
     fields: dict[str, Any] = MessageToDict(request, preserving_proto_field_name=True)
@@ -220,8 +253,7 @@ def _checked(kind: type[Body], fields: dict[str, Any]) -> Body:
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
-        problems = [{**item, "loc": ("body", *item["loc"])} for item in error.errors()]
-        raise RequestValidationError(problems) from error
+        raise invalid(error, {}) from error
 
 
 def _delta(work: Work, delta: TextDelta, num_tokens: int) -> maestrale_pb2.Delta:

@@ -2,18 +2,17 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
 from cluster.schema.content import AsList, Text, TextOrList
 from cluster.schema.replies import Reply
 from cluster.schema.requests import MAX_STOP_STRINGS, ModelRequest, StopString
+from cluster.schema.tools import MAX_TOOLS, FunctionName
 
 NOT_SUPPORTED_IN_MESSAGES: dict[str, tuple[Any, ...]] = {
     "container": (),
     "mcp_servers": ([],),
     "thinking": ({"type": "disabled"},),
-    "tool_choice": ({"type": "none"}, {"type": "auto"}),
-    "tools": ([],),
 }
 """See NOT_SUPPORTED."""
 
@@ -22,22 +21,76 @@ MAX_TURNS = 9_999
 
 
 class TextBlock(BaseModel):
-    """A block of a turn. Only text is served."""
+    """Text in a turn."""
 
-    type: Literal["text"]
+    type: Literal["text"] = "text"
     text: str
 
 
-Content = Annotated[
+Words = Annotated[
     Text | Annotated[list[TextBlock], Field(fail_fast=True, max_length=1_000), AsList], TextOrList
 ]
+"""Text, as such or in blocks."""
+
+
+class ToolUseBlock(BaseModel):
+    """A call that the model has asked for."""
+
+    type: Literal["tool_use"] = "tool_use"
+    id: str = Field(min_length=1, max_length=256)
+    name: FunctionName
+    input: dict[str, Any]
+
+
+class ToolResultBlock(BaseModel):
+    """What a call has come to."""
+
+    type: Literal["tool_result"]
+    tool_use_id: str = Field(min_length=1, max_length=256)
+    content: Words = ""
+
+
+Block = Annotated[TextBlock | ToolUseBlock | ToolResultBlock, Field(discriminator="type")]
 
 
 class Turn(BaseModel):
     """One turn. Turns of one role that follow each other count as one."""
 
     role: Literal["user", "assistant", "system"]
-    content: Content
+    content: Annotated[
+        Text | Annotated[list[Block], Field(fail_fast=True, max_length=1_000), AsList], TextOrList
+    ]
+
+    @model_validator(mode="after")
+    def _blocks_are_their_roles(self) -> "Turn":
+        whose = {"tool_use": "assistant", "tool_result": "user"}
+        for block in self.content if isinstance(self.content, list) else ():
+            if whose.get(block.type, self.role) != self.role:
+                raise ValueError(f"a {block.type} block cannot be in a turn of {self.role}")
+        return self
+
+
+class MessagesTool(BaseModel):
+    """A function that the model may call. Tools that a server would run are not served."""
+
+    type: Literal["custom"] | None = None
+    name: FunctionName
+    description: str | None = None
+    input_schema: dict[str, Any]
+
+
+class MessagesToolChoice(BaseModel):
+    """Whether to call tools: as the model likes, at least one, the one named, or not at all."""
+
+    type: Literal["auto", "any", "tool", "none"]
+    name: FunctionName | None = None
+    disable_parallel_tool_use: bool = False
+
+    @model_validator(mode="after")
+    def _name_goes_with_its_type(self) -> "MessagesToolChoice":
+        if (self.type == "tool") != (self.name is not None):
+            raise ValueError("name must be given with type tool, and only then")
+        return self
 
 
 class JsonFormat(BaseModel):
@@ -61,7 +114,9 @@ class CountTokensRequest(ModelRequest):
     not_supported = NOT_SUPPORTED_IN_MESSAGES
 
     messages: Annotated[list[Turn], Field(fail_fast=True, min_length=1, max_length=MAX_TURNS)]
-    system: Content | None = None
+    system: Words | None = None
+    tools: list[MessagesTool] = Field(default_factory=list, fail_fast=True, max_length=MAX_TOOLS)
+    tool_choice: MessagesToolChoice | None = None
 
 
 class MessagesRequest(CountTokensRequest):
@@ -95,12 +150,7 @@ class MessageUsage(Reply):
     output_tokens: int
 
 
-class AnswerBlock(Reply):
-    type: Literal["text"] = "text"
-    text: str
-
-
-StopReason = Literal["end_turn", "max_tokens", "stop_sequence"]
+StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
 
 
 class AnthropicMessage(Reply):
@@ -110,7 +160,7 @@ class AnthropicMessage(Reply):
     type: Literal["message"] = "message"
     role: Literal["assistant"] = "assistant"
     model: str
-    content: list[AnswerBlock]
+    content: list[TextBlock | ToolUseBlock]
     stop_reason: StopReason | None = None
     """None only at a stream's beginning."""
     stop_sequence: str | None = None

@@ -6,6 +6,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cluster.schema.tools import ToolCall, ToolCallDelta
 
+RESUMED_TOKENS = "X-Resumed-Tokens"
+"""Header of a stream that goes on with an answer: behind how many ids. Its lack tells a caller that
+the server does not know resume_token_ids, and begins anew."""
+
 
 class Reply(BaseModel):
     """Base of replies: a newer server may send more than this client knows."""
@@ -195,6 +199,8 @@ class Model(Reply):
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "maestrale"
+    root: str
+    """The same as id: there are no adapters."""
     max_model_len: int
     """Prompt and completion together, tokens."""
 
@@ -202,6 +208,54 @@ class Model(Reply):
 class ModelList(Reply):
     object: Literal["list"] = "list"
     data: list[Model]
+
+
+class Tokens(Reply):
+    """Reply of /tokenize."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class Text(Reply):
+    """Reply of /detokenize."""
+
+    prompt: str
+
+
+class TokenizerInfo(Reply):
+    """Reply of /tokenizer_info, in the words of a tokenizer_config.json."""
+
+    tokenizer_class: str = "LlamaTokenizer"
+    """transformers' class for this kind of tokenizer: SentencePiece's BPE with byte fallback."""
+    vocab_size: int
+    model_max_length: int
+    add_bos_token: bool = True
+    add_eos_token: bool = False
+    bos_token: str
+    bos_token_id: int
+    eos_token: str
+    eos_token_id: int
+    chat_template: str
+
+
+class Version(Reply):
+    version: str
+
+
+class Load(Reply):
+    """Reply of /load."""
+
+    server_load: int
+    """Requests in progress, of the ingress that answers."""
+
+
+class Alive(Reply):
+    """Reply of /health."""
+
+    status: Literal["ok"] = "ok"
 
 
 class WorkerStatus(Reply):

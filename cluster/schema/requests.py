@@ -38,10 +38,7 @@ TokenId = Annotated[int, Field(ge=0, strict=True)]
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 """fail_fast: the first wrong item refuses the list; a long one must not cost seconds to refuse."""
 Prompts = (
-    str
-    | TokenIds
-    | Annotated[list[str], Field(fail_fast=True, max_length=MAX_CHOICES)]
-    | Annotated[list[TokenIds], Field(fail_fast=True, max_length=MAX_CHOICES)]
+    str | TokenIds | Annotated[list[str | TokenIds], Field(fail_fast=True, max_length=MAX_CHOICES)]
 )
 """Text or token ids, of one prompt or of several."""
 StopString = Annotated[str, Field(min_length=1, max_length=1_000)]
@@ -78,7 +75,6 @@ NumLogprobs = Annotated[
 ]
 
 NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
-    "add_special_tokens": (True,),
     "echo": (False,),
     "function_call": ("none", "auto"),
     "functions": ([],),
@@ -88,14 +84,12 @@ NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "guided_regex": (),
     "logprob_token_ids": (),
     "prompt_embeds": (),
-    "return_tokens_as_token_ids": (False,),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
     "top_logprobs": (0,),
-    "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
 }
 """Fields of OpenAI's and vLLM's that would change the answer but are not served yet, with the
@@ -104,10 +98,35 @@ values that ask for nothing. Any other value is refused rather than silently ign
 NOT_SUPPORTED_IN_CHAT: dict[str, tuple[Any, ...]] = {
     **NOT_SUPPORTED,
     "add_special_tokens": (False,),
+    "audio": (),
     "chat_template": (),
     "documents": ([],),
+    "modalities": (["text"],),
+    "web_search_options": (),
 }
 """In a conversation the template writes the special tokens; and it is the checkpoint's own."""
+
+IGNORED = frozenset(
+    {
+        "detokenize",
+        "early_stopping",
+        "kv_transfer_params",
+        "length_penalty",
+        "metadata",
+        "prediction",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "reasoning_effort",
+        "request_id",
+        "safety_identifier",
+        "service_tier",
+        "store",
+        "stream_interval",
+        "verbosity",
+        "vllm_xargs",
+    }
+)
+"""Fields of OpenAI's and vLLM's that are ignored like unknown ones, but counted by name."""
 
 NOT_SUPPORTED_TO_CLASSIFY: dict[str, tuple[Any, ...]] = {
     "activation": (True,),
@@ -147,6 +166,10 @@ class ModelRequest(BaseModel):
         if isinstance(data, dict):
             return {key: value for key, value in data.items() if value is not None}
         return data
+
+    def ignored(self) -> list[str]:
+        """Names of the fields that mean nothing here."""
+        return [name for name in self.model_extra or {} if name not in self.not_supported]
 
     def first_unsupported(self) -> str | None:
         """Name of a field that asks for something not served yet, or None."""
@@ -218,6 +241,14 @@ class GenerationRequest(ModelRequest):
     place of each. Not with stream."""
     return_token_ids: bool = False
     """Report the ids of prompt and answer."""
+    resume_token_ids: TokenIds = []
+    """What a stream that broke off has told of its answer (see return_token_ids): it goes on behind
+    these, whose text is not told again. All else must be asked for as it was, seed included.
+    Only for one streamed choice without log-probabilities."""
+    return_tokens_as_token_ids: bool = False
+    """Spell tokens `token_id:42` in log-probabilities, so that none is like another."""
+    truncate_prompt_tokens: int | None = Field(default=None, ge=-1, lt=2**31)
+    """Keep only so many of the prompt's last tokens; with -1, so many that the answer fits."""
 
     priority: int = Field(default=0, ge=-MAX_PRIORITY, le=MAX_PRIORITY)
     """Lower goes first, among the requests of one client."""
@@ -248,6 +279,13 @@ class GenerationRequest(ModelRequest):
             raise ValueError("cannot be streamed: the best is known when all have ended")
         return best_of
 
+    @field_validator("truncate_prompt_tokens")
+    @classmethod
+    def _keeps_something(cls, number: int | None) -> int | None:
+        if number == 0:
+            raise ValueError("must be at least 1, or -1")
+        return number
+
     @field_validator("prompt_logprobs")
     @classmethod
     def _needs_no_stream(cls, number: int | None, others: ValidationInfo) -> int | None:
@@ -271,6 +309,8 @@ class CompletionRequest(GenerationRequest):
     """Body of POST /v1/completions."""
 
     prompt: Prompts
+    add_special_tokens: bool = True
+    """Begin a prompt that is text with the begin token."""
     echo: bool = False
     """Begin the text with the prompt, and the log-probabilities, if asked for, with those of its
     tokens."""
@@ -322,10 +362,12 @@ class ChatMessage(BaseModel):
         return "\n".join(part.text for part in self.content)
 
 
-class Conversation(BaseModel):
-    """A conversation, and how the chat template is to render it."""
+Messages = Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1, max_length=10_000)]
 
-    messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1, max_length=10_000)]
+
+class Rendering(BaseModel):
+    """How the chat template is to render a conversation."""
+
     tools: Annotated[list[Tool], Field(fail_fast=True, max_length=MAX_TOOLS)] = []
     """What the model may call, where its chat template tells it of tools."""
     continue_final_message: bool = False
@@ -350,11 +392,12 @@ class Conversation(BaseModel):
         return self.add_generation_prompt
 
 
-class ChatCompletionRequest(GenerationRequest, Conversation):
+class ChatCompletionRequest(GenerationRequest, Rendering):
     """Body of POST /v1/chat/completions."""
 
     not_supported = NOT_SUPPORTED_IN_CHAT
 
+    messages: Messages
     tool_choice: Literal["auto", "none", "required"] | ToolChoice = "auto"
     """Whether to call tools: as the model likes, not at all, at least one, or the one named."""
     parallel_tool_calls: bool = True
@@ -384,3 +427,35 @@ class ClassifyRequest(ModelRequest):
     input: Prompts
     use_activation: bool = True
     """Left true, the reply has probabilities; false asks for the score head's logits."""
+
+
+class TokenizeRequest(ModelRequest, Rendering):
+    """Body of POST /tokenize: a text, or a conversation."""
+
+    not_supported: ClassVar[dict[str, tuple[Any, ...]]] = {"chat_template": ()}
+
+    prompt: str | None = None
+    messages: Messages | None = None
+    """Instead of the prompt."""
+    add_special_tokens: bool | None = None
+    """Begin a text with the begin token; left out: yes. A conversation has what its chat template
+    writes."""
+    return_token_strs: bool = False
+    """Report how the vocabulary spells each token."""
+
+    @field_validator("messages")
+    @classmethod
+    def _is_the_only_one(
+        cls, messages: list[ChatMessage] | None, others: ValidationInfo
+    ) -> list[ChatMessage] | None:
+        if messages is not None and others.data.get("prompt") is not None:
+            raise ValueError("not allowed beside a prompt")
+        return messages
+
+
+class DetokenizeRequest(ModelRequest):
+    """Body of POST /detokenize."""
+
+    not_supported: ClassVar[dict[str, tuple[Any, ...]]] = {}
+
+    tokens: TokenIds

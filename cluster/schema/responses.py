@@ -11,13 +11,12 @@ from cluster.schema.answer_form import ResponseFormat
 from cluster.schema.content import AsList, Text, TextOrList
 from cluster.schema.replies import ContentLogprob, Reply
 from cluster.schema.requests import MAX_LOGPROBS, ModelRequest
+from cluster.schema.tools import MAX_TOOLS, FunctionName
 
 NOT_SUPPORTED_IN_RESPONSES: dict[str, tuple[Any, ...]] = {
     "background": (False,),
     "max_tool_calls": (),
     "prompt": (),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "truncation": ("disabled",),
 }
 """See NOT_SUPPORTED."""
@@ -35,28 +34,68 @@ class InputText(BaseModel):
     text: str
 
 
+Words = Annotated[
+    Text | Annotated[list[InputText], Field(fail_fast=True, max_length=1_000), AsList], TextOrList
+]
+"""Text, as such or in parts."""
+
+
 class InputMessage(BaseModel):
     """One turn: the user's, a system message, or what the model has said before."""
 
     role: Literal["user", "assistant", "system", "developer"]
-    content: Annotated[
-        Text | Annotated[list[InputText], Field(fail_fast=True, max_length=1_000), AsList],
-        TextOrList,
-    ]
+    content: Words
+
+
+class InputCall(BaseModel):
+    """A call that the model has asked for."""
+
+    type: Literal["function_call"]
+    call_id: str = Field(min_length=1, max_length=256)
+    name: FunctionName
+    arguments: str
+
+
+class InputCallOutput(BaseModel):
+    """What a call has come to."""
+
+    type: Literal["function_call_output"]
+    call_id: str = Field(min_length=1, max_length=256)
+    output: Words
 
 
 def _kind_of(item: Any) -> str:
-    return str(item.get("type", "message")) if isinstance(item, dict) else "message"
+    given = item.get("type") if isinstance(item, dict) else getattr(item, "type", None)
+    return str(given or "message")
 
 
 InputItem = Annotated[
-    Annotated[InputMessage, Tag("message")],
+    Annotated[InputMessage, Tag("message")]
+    | Annotated[InputCall, Tag("function_call")]
+    | Annotated[InputCallOutput, Tag("function_call_output")],
     Discriminator(
         _kind_of,
         custom_error_type="item_type",
-        custom_error_message="an item must be of type message",
+        custom_error_message="an item must be a message, function_call or function_call_output",
     ),
 ]
+
+
+class FunctionTool(BaseModel):
+    """A function that the model may call. Tools that a server would run are not served."""
+
+    type: Literal["function"]
+    name: FunctionName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class NamedTool(BaseModel):
+    """The one function that must be called."""
+
+    type: Literal["function"]
+    name: FunctionName
 
 
 class TextFormat(BaseModel):
@@ -114,6 +153,9 @@ class ResponsesRequest(ModelRequest):
         Field(default={}, max_length=MAX_METADATA)
     )
     """Comes back with the response."""
+    tools: list[FunctionTool] = Field(default_factory=list, fail_fast=True, max_length=MAX_TOOLS)
+    tool_choice: Literal["auto", "none", "required"] | NamedTool = "auto"
+    parallel_tool_calls: bool = True
     previous_response_id: str | None = None
     conversation: Any = None
 
@@ -121,6 +163,9 @@ class ResponsesRequest(ModelRequest):
     @classmethod
     def _nothing_is_stored(cls, _given: Any) -> None:
         raise ValueError("responses are not stored here; send the whole conversation as input")
+
+
+Status = Literal["in_progress", "completed", "incomplete"]
 
 
 class OutputText(Reply):
@@ -138,8 +183,23 @@ class OutputMessage(Reply):
     id: str
     type: Literal["message"] = "message"
     role: Literal["assistant"] = "assistant"
-    status: Literal["in_progress", "completed", "incomplete"]
+    status: Status
     content: list[OutputText]
+
+
+class OutputCall(Reply):
+    """A call that the model asks for."""
+
+    id: str
+    type: Literal["function_call"] = "function_call"
+    status: Status
+    call_id: str
+    name: str
+    arguments: str
+    """JSON; cut off where max_output_tokens ends it."""
+
+
+OutputItem = OutputMessage | OutputCall
 
 
 class InputTokensDetails(Reply):
@@ -177,11 +237,11 @@ class Response(Reply):
     created_at: int
     """Unix time, seconds."""
     completed_at: int | None = None
-    status: Literal["in_progress", "completed", "incomplete", "failed"]
+    status: Status | Literal["failed"]
     error: ResponseError | None = None
     incomplete_details: IncompleteDetails | None = None
     model: str
-    output: list[OutputMessage]
+    output: list[OutputItem]
     usage: ResponseUsage | None = None
     instructions: str | None
     max_output_tokens: int | None
@@ -190,9 +250,9 @@ class Response(Reply):
     top_logprobs: int
     text: dict[str, Any]
     metadata: dict[str, str]
-    parallel_tool_calls: bool = True
-    tool_choice: Any = "auto"
-    tools: list[Any] = Field(default_factory=list)
+    parallel_tool_calls: bool
+    tool_choice: Literal["auto", "none", "required"] | NamedTool
+    tools: list[FunctionTool]
     truncation: Literal["disabled"] = "disabled"
     background: Literal[False] = False
     previous_response_id: None = None

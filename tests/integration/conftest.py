@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from cluster.app import free_port
 from cluster.client import Client
 from model import TINY
 from model.weights import Checkpoint
@@ -26,6 +27,8 @@ class Service:
     process: subprocess.Popen[str]
     lines: list[str] = field(default_factory=list)
     url: str = ""
+    grpc_address: str = ""
+    """Of the users' gRPC API."""
     _found: threading.Event = field(default_factory=threading.Event)
 
     @classmethod
@@ -67,6 +70,8 @@ class Service:
             self.lines.append(line)
             if match := re.search(r"at (http://\S+)/v1", line):
                 self.url = match[1]
+                if by_grpc := re.search(r"by gRPC at (\S+)", line):
+                    self.grpc_address = by_grpc[1]
                 self._found.set()
         self._found.set()
 
@@ -74,7 +79,8 @@ class Service:
 @pytest.fixture(scope="session")
 def service() -> Iterator[Service]:
     """Head, two workers, ingress on a Ray of their own, in float32, so that ids are exact."""
-    service = Service.start("--dtype", "float32", "--workers", "2")
+    grpc_port = str(free_port("127.0.0.1"))
+    service = Service.start("--dtype", "float32", "--workers", "2", "--grpc-port", grpc_port)
     try:
         yield service
     finally:

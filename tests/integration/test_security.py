@@ -13,7 +13,8 @@ import pytest
 from cluster import rpc
 from cluster.certs import LIFETIME, Authority, write_certificates
 from cluster.errors import ExpertsUnavailableError, HandshakeError, MaestraleError
-from cluster.head.dispatch import PlacementFeed, WorkerStream
+from cluster.head.routes import PlacementFeed
+from cluster.head.stream import WorkerStream
 from cluster.metrics import ServerMetrics
 from cluster.placement import WorkerInfo
 from cluster.security import Role, Security, TlsFiles
@@ -133,7 +134,7 @@ def start() -> Iterator[Start]:
 
 def connect(server: EchoServer, security: Security) -> None:
     """Open a head's stream to a worker. Raises what a head would see."""
-    WorkerStream(server.info, rpc.Identity("head", "model", security), timeout_s=5).close()
+    WorkerStream(server.info, rpc.Identity("head", "model", security)).close()
 
 
 # --- those who belong here ---

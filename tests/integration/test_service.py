@@ -6,15 +6,19 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import anthropic
+import grpc
 import httpx
 import jsonschema
 import openai
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster.client import Client
 from cluster.errors import BadRequestError, NotFoundError
 from cluster.schema import Usage
 from model import Mixtral
+from protos import maestrale_pb2, maestrale_pb2_grpc
 from tests.integration.conftest import Service
 
 PROMPT = "Once upon a time"
@@ -76,6 +80,35 @@ def test_openai_completion_streamed_and_plain(openai_client: openai.OpenAI) -> N
     chunks = [chunk.choices[0] for chunk in streamed]
     assert "".join(chunk.text for chunk in chunks) == plain.choices[0].text
     assert [chunk.finish_reason for chunk in chunks if chunk.finish_reason] == ["length"]
+
+
+def test_users_grpc_gives_the_same_text(service: Service, mixtral: Mixtral) -> None:
+    with grpc.insecure_channel(service.grpc_address) as channel:
+        health = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+        assert health.status == health_pb2.HealthCheckResponse.SERVING
+        request = maestrale_pb2.GenerateRequest(
+            text=PROMPT, options=maestrale_pb2.Options(max_tokens=30, temperature=0)
+        )
+        deltas = list(maestrale_pb2_grpc.MaestraleStub(channel).Generate(request, timeout=60))
+    assert len(deltas) > 1
+    assert "".join(delta.text for delta in deltas) == mixtral.generate(PROMPT, max_tokens=30)
+
+
+def test_openais_responses_and_anthropics_messages(service: Service) -> None:
+    question = "What does a cow say?"
+    with openai.OpenAI(base_url=f"{service.url}/v1", api_key="none", max_retries=0) as client:
+        response = client.responses.create(model="tiny-mixtral", input=question, temperature=0)
+        assert response.output_text == "A cow says moo."
+    with (
+        anthropic.Anthropic(base_url=service.url, api_key="none", max_retries=0) as other,
+        other.messages.stream(
+            model="tiny-mixtral",
+            max_tokens=40,
+            messages=[{"role": "user", "content": question}],
+            extra_body={"temperature": 0},
+        ) as events,
+    ):
+        assert "".join(events.text_stream) == "A cow says moo."
 
 
 def test_openai_chat_streamed_and_plain(openai_client: openai.OpenAI) -> None:

@@ -11,8 +11,10 @@ import transformers
 
 from cluster import PROTOCOL_VERSION, rpc, wire
 from cluster.errors import ExpertFailedError, ExpertsUnavailableError, HandshakeError
-from cluster.head.dispatch import PlacementFeed, RemoteExperts, WorkerStream
+from cluster.head.dispatch import RemoteExperts
 from cluster.head.probe import pass_through_every_expert
+from cluster.head.routes import PlacementFeed
+from cluster.head.stream import WorkerStream
 from model import TINY, Mixtral
 from model.experts import Assignments, Experts, LocalExperts
 from model.sampling_params import SamplingParams
@@ -273,9 +275,10 @@ def test_an_expert_that_is_not_held_is_refused_by_name(checkpoint: Checkpoint) -
         torch.device("cpu"),
         identity,
         metrics,
+        lambda unit: False,
     )
     server, address = rpc.new_server("127.0.0.1")
-    server.add_generic_rpc_handlers((service.handler(),))
+    service.add_to(server)
     server.start()
     try:
         with grpc.insecure_channel(address) as channel:
@@ -324,7 +327,7 @@ def test_a_peer_of_another_version_is_refused_with_both_named(channel: grpc.Chan
 def test_a_worker_of_another_model_is_refused(two_workers: list[WorkerServer]) -> None:
     stranger = rpc.Identity("head", "another model")
     with pytest.raises(HandshakeError, match="another model"):
-        WorkerStream(two_workers[0].info, stranger, timeout_s=5)
+        WorkerStream(two_workers[0].info, stranger)
 
 
 def test_a_restarted_worker_is_not_taken_for_the_one_before(
@@ -333,4 +336,4 @@ def test_a_restarted_worker_is_not_taken_for_the_one_before(
     identity = rpc.Identity("head", rpc.fingerprint(checkpoint.config, "float32"))
     before = replace(two_workers[0].info, incarnation=12345)
     with pytest.raises(ExpertsUnavailableError, match="replaced by another process"):
-        WorkerStream(before, identity, timeout_s=5)
+        WorkerStream(before, identity)

@@ -12,9 +12,12 @@ from google.protobuf.json_format import ParseDict
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from cluster.errors import HeadUnavailableError
+from cluster.certs import write_certificates
+from cluster.errors import ConfigurationError, HeadUnavailableError
 from cluster.ingress.answerer import Answerer
-from cluster.ingress.users_grpc import SERVICE, serving
+from cluster.ingress.auth import Access
+from cluster.ingress.users_grpc import SERVICE, credentials_of, serving
+from cluster.security import identity_of
 from protos import maestrale_pb2, maestrale_pb2_grpc
 from tests.api_fakes import (
     CHAT,
@@ -42,10 +45,13 @@ def api(tiny_folder: Path) -> Api:
 
 
 @asynccontextmanager
-async def channel_to(api: Api, folder: Path) -> AsyncIterator[grpc.aio.Channel]:
+async def channel_to(
+    api: Api, folder: Path, host: str = "127.0.0.1"
+) -> AsyncIterator[grpc.aio.Channel]:
+    """host: what the door listens on; the channel comes by loopback all the same."""
     answerer = Answerer(api.engine, *text_side(folder), api.settings, api.metrics)
     async with (
-        serving(answerer, api.metrics, "127.0.0.1:0") as port,
+        serving(answerer, api.metrics, f"{host}:0", access=api.access) as port,
         grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel,
     ):
         yield channel
@@ -92,6 +98,16 @@ def refusal(call: Call, request: Any) -> grpc.aio.AioRpcError:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         answer(call, request)
     return caught.value
+
+
+async def code_of(channel: grpc.aio.Channel) -> grpc.StatusCode:
+    """How a request ends."""
+    try:
+        async for _ in Stub(channel).Generate(generate()):
+            pass
+    except grpc.aio.AioRpcError as error:
+        return error.code()
+    return grpc.StatusCode.OK
 
 
 async def until(condition: Callable[[], object], what: str) -> None:
@@ -362,6 +378,54 @@ def test_watchers_of_the_health_are_told_of_a_change(api: Api, call: Call) -> No
         return found
 
     assert call(watch) == [NOT_SERVING, SERVING]
+
+
+def test_a_key_is_asked_for_where_there_are_keys(api: Api, call: Call) -> None:
+    api.admit(Access.with_keys(["sesame"], allow_open=False, allowed_origins=()))
+    error = refusal(call, generate())
+    assert error.code() == grpc.StatusCode.UNAUTHENTICATED
+    assert "no API key" in (error.details() or "")
+    for metadata in (("authorization", "Bearer sesame"), ("x-api-key", "sesame")):
+        assert len(answer(call, generate(), metadata=(metadata,))) > 1
+    one, other = api.engine.journals
+    assert one.client == other.client
+
+
+def test_without_keys_only_loopback_is_answered(api: Api, tiny_folder: Path) -> None:
+    api.admit(Access(allow_open=False))
+
+    async def ask(host: str) -> grpc.StatusCode:
+        async with channel_to(api, tiny_folder, host) as channel, asyncio.timeout(DEADLINE_S):
+            return await code_of(channel)
+
+    assert asyncio.run(ask("127.0.0.1")) == grpc.StatusCode.OK
+    assert asyncio.run(ask("0.0.0.0")) == grpc.StatusCode.PERMISSION_DENIED
+
+
+def test_calls_are_encrypted_where_there_is_a_certificate(
+    api: Api, tiny_folder: Path, tmp_path: Path
+) -> None:
+    write_certificates(tmp_path, roles=["head"])
+    shown = credentials_of(tmp_path / "head.pem", tmp_path / "head-key.pem")
+    trusted = grpc.ssl_channel_credentials((tmp_path / "ca.pem").read_bytes())
+    name = [("grpc.ssl_target_name_override", identity_of("head"))]
+    answerer = Answerer(api.engine, *text_side(tiny_folder), api.settings, api.metrics)
+
+    async def ask() -> tuple[grpc.StatusCode, grpc.StatusCode]:
+        async with (
+            serving(answerer, api.metrics, "127.0.0.1:0", credentials=shown) as port,
+            grpc.aio.secure_channel(f"127.0.0.1:{port}", trusted, options=name) as encrypted,
+            grpc.aio.insecure_channel(f"127.0.0.1:{port}") as plain,
+            asyncio.timeout(DEADLINE_S),
+        ):
+            return await code_of(encrypted), await code_of(plain)
+
+    assert asyncio.run(ask()) == (grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE)
+
+
+def test_a_certificate_that_is_missing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"certificate cannot be read: .*nowhere\.pem"):
+        credentials_of(tmp_path / "nowhere.pem", tmp_path / "nowhere.pem")
 
 
 def test_reflection_names_the_service(call: Call) -> None:

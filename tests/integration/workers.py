@@ -1,13 +1,18 @@
 """Expert workers without Ray: the service, its batcher and a real gRPC server, in this process."""
 
+from collections.abc import Sequence
+
 from cluster import rpc
 from cluster.expert.batcher import Batcher
 from cluster.expert.service import ExpertService
-from cluster.head.dispatch import PlacementFeed, RemoteExperts
+from cluster.head.dispatch import RemoteExperts
+from cluster.head.routes import PlacementFeed
 from cluster.metrics import WorkerMetrics
 from cluster.placement import Placement, Table, WorkerInfo
 from cluster.planning import plan
 from cluster.security import Security
+from model.experts import checksum
+from model.units import Unit
 from model.weights import Checkpoint
 
 
@@ -30,26 +35,41 @@ class WorkerServer:
     placement says."""
 
     def __init__(
-        self, name: str, checkpoint: Checkpoint, security: Security = rpc.LOOPBACK_ONLY
+        self,
+        name: str,
+        checkpoint: Checkpoint,
+        security: Security = rpc.LOOPBACK_ONLY,
+        units: Sequence[Unit] | None = None,
     ) -> None:
-        held = checkpoint.load_experts(checkpoint.config.expert_units)
+        """units: to hold in place of all experts."""
+        self.held = held = checkpoint.load_experts(
+            checkpoint.config.expert_units if units is None else units
+        )
+        self._checksums = {unit: checksum(weights) for unit, weights in held.items()}
         self.metrics = WorkerMetrics()
         self.identity = rpc.Identity(
             name, rpc.fingerprint(checkpoint.config, dtype_name(checkpoint)), security
         )
-        service = ExpertService(
+        self.service = ExpertService(
             Batcher(held, self.metrics),
             checkpoint.config,
             checkpoint.dtype,
             checkpoint.device,
             self.identity,
             self.metrics,
+            self._drop_if_damaged,
         )
         self.server, self.address = rpc.new_server(
             "127.0.0.1", security, self.metrics.observe_refusal
         )
-        self.server.add_generic_rpc_handlers((service.handler(),))
+        self.service.add_to(self.server)
         self.server.start()
+
+    def _drop_if_damaged(self, unit: Unit) -> bool:
+        is_damaged = unit in self.held and checksum(self.held[unit]) != self._checksums[unit]
+        if is_damaged:
+            del self.held[unit]
+        return is_damaged
 
     @property
     def info(self) -> WorkerInfo:

@@ -10,7 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cluster.expert.batcher import Batcher, NotHeldError
+from cluster.expert.batcher import (
+    FEW_ROWS,
+    MAX_PASSED_OVER,
+    Batcher,
+    BusyError,
+    NotHeldError,
+    _Job,
+)
 from cluster.metrics import WorkerMetrics
 from model.experts import Assignments, ExpertWeights, assign, weighted_sums
 from model.router import Routing
@@ -168,6 +175,63 @@ def test_calls_that_pile_up_behind_a_computation_leave_in_one_pass_per_layer(
     exposition = metrics.exposition()
     assert f"maestrale_expert_passes_total {float(3 * NUM_EXPERTS)}" in exposition
     assert 'maestrale_expert_rows_total{expert="2",layer="1"} 9.0' in exposition
+
+
+def test_calls_of_few_rows_go_before_those_of_many(weights: dict[Unit, ExpertWeights]) -> None:
+    many = FEW_ROWS + 1
+    sizes = [(0, 1), (0, many), (1, many), (0, many), (1, 2), (0, 3), (0, FEW_ROWS)]
+    calls = [
+        call_of(rows, layer=layer, seed=i, top_k=NUM_EXPERTS)
+        for i, (layer, rows) in enumerate(sizes)
+    ]
+    metrics = Passes()
+    callers = pile_up(Held(weights), metrics, calls)
+    passes = [(min(counts).layer, counts[min(counts)]) for counts in metrics.passes]
+    few = [(0, 3 + FEW_ROWS), (1, 2)]
+    assert passes[0] == (0, 1)
+    assert sorted(passes[1:3]) == few
+    assert sorted(passes[3:]) == [(0, 2 * many), (1, many)]
+    for caller, call in zip(callers, calls, strict=True):
+        assert caller.sums_RD is not None
+        torch.testing.assert_close(
+            caller.sums_RD, alone(weights, call), rtol=TOLERANCE, atol=TOLERANCE
+        )
+
+
+def test_a_call_of_many_rows_is_passed_over_so_often_and_no_more(
+    weights: dict[Unit, ExpertWeights],
+) -> None:
+    """Each pass over few rows brings the next ones: without a bound they would go on for ever."""
+    metrics = Passes()
+    held = Held(weights)
+    held.may_go_on.set()
+    batcher = Batcher(held, metrics)
+    queued = [_Job(*call_of(FEW_ROWS + 1, seed=0))]
+    batcher._waiting = queued
+    for number in range(MAX_PASSED_OVER + 3):
+        batcher.compute(*call_of(1, layer=1, seed=number))
+    layers = [min(counts).layer for counts in metrics.passes]
+    assert layers.index(0) == MAX_PASSED_OVER
+    assert queued[0].done
+
+
+def test_what_would_wait_beyond_the_bound_is_refused_with_the_numbers(
+    weights: dict[Unit, ExpertWeights],
+) -> None:
+    held = Held(weights)
+    row_bytes = HIDDEN * 4
+    batcher = Batcher(held, Passes(), max_waiting_bytes=3 * row_bytes)
+    first = Caller(batcher.compute, *call_of(9, seed=0))  # alone, whatever its size
+    assert held.is_computing.wait(DEADLINE_S)
+    batcher._waiting.append(_Job(*call_of(2, seed=1)))
+    with pytest.raises(BusyError, match=f"1 calls with {2 * row_bytes} .* {3 * row_bytes}$"):
+        batcher.compute(*call_of(2, seed=2))
+    fits = Caller(batcher.compute, *call_of(1, seed=3))
+    held.may_go_on.set()
+    for caller in (first, fits):
+        caller.join(DEADLINE_S)
+        assert caller.error is None
+        assert caller.sums_RD is not None
 
 
 def test_a_call_that_nobody_waits_beside_is_computed_at_once(

@@ -95,6 +95,26 @@ def test_a_data_plane_host_is_an_address(host: str) -> None:
         ServeConfig(data_plane_host=host, allow_plaintext_network=True)
 
 
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"grpc_host": "0.0.0.0"}, "cross the network in the clear"),
+        ({"grpc_host": "localhost"}, "no IP address"),
+        ({"grpc_certificate": "a.pem"}, "go together"),
+        ({"grpc_key": "a.pem"}, "go together"),
+        ({"grpc_port": 0}, "grpc_port"),
+        ({"grpc_port": 65_536}, "grpc_port"),
+    ],
+)
+def test_users_grpc_is_open_to_a_network_only_encrypted_or_knowingly(
+    fields: dict[str, Any], problem: str
+) -> None:
+    with pytest.raises(ValidationError, match=problem):
+        ServeConfig(**fields)
+    ServeConfig(grpc_host="0.0.0.0", grpc_certificate=Path("a.pem"), grpc_key=Path("b.pem"))
+    ServeConfig(grpc_host="0.0.0.0", allow_plaintext_network=True)
+
+
 @pytest.mark.parametrize("gpus", [{}, {"head_gpus": 1}, {"worker_gpus": 0.5}])
 def test_cuda_needs_gpus_for_heads_and_workers(gpus: dict[str, float]) -> None:
     with pytest.raises(ValidationError, match="head_gpus and worker_gpus"):
@@ -119,6 +139,7 @@ def test_settings_cannot_be_changed() -> None:
 
 def test_a_lease_is_renewed_three_times_before_it_ends() -> None:
     assert ServeConfig(lease_s=12).lease_renewal_s == 4
+    assert ServeConfig(lease_s=600).lease_renewal_s == 5
 
 
 # --- which model ---

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import yaml
 from pydantic import ValidationError
+from typer.testing import CliRunner
 
+from cluster.cli import app
 from cluster.config import ServeConfig, listen_host
 from cluster.configure import Settings, as_file, assignments, gather
 from cluster.errors import ConfigurationError
@@ -173,6 +175,15 @@ def test_the_file_explains_every_setting() -> None:
         assert "default " in comment
     assert "from 1 to 256" in by_name["num_heads"]
     assert "given by here" in by_name["num_heads"]
+
+
+def test_the_command_line_shows_what_is_in_force(tmp_path: Path) -> None:
+    (file := tmp_path / "config.yaml").write_text("num_heads: 2\nnum_workers: 2\nlease_s: 20")
+    arguments = ["config", "--config", str(file), "--set", "num_heads=4"]
+    shown = CliRunner().invoke(app, arguments, env={"MAESTRALE_NUM_WORKERS": "3"})
+    assert shown.exit_code == 0
+    values = yaml.safe_load(shown.stdout)
+    assert (values["num_heads"], values["num_workers"], values["lease_s"]) == (4, 3, 20)
 
 
 # --- the network ---

@@ -82,13 +82,25 @@ def test_every_start_of_ray_asks_for_the_token(name: str) -> None:
     assert len(starts) == 2
     assert all("RAY_AUTH_MODE=token" in command for command in starts)
     assert cluster["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
+    assert "ca-key.pem" in cluster["rsync_exclude"]  # who has it makes identities
     assert "--dashboard-host" not in " ".join(commands)  # so it stays on loopback
 
 
 @pytest.mark.parametrize("name", CLUSTERS)
 def test_nodes_install_the_version_that_this_is(name: str) -> None:
     wheel = f"maestrale-{PROJECT['version']}-py3-none-any.whl["
-    assert sum(wheel in command for command in loaded(name)["setup_commands"]) == 1
+    cluster = loaded(name)
+    assert sum(wheel in command for command in cluster["setup_commands"]) == 1
+
+
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_what_serve_files_read_is_copied_to_nodes(name: str) -> None:
+    mounted = loaded(name)["file_mounts"]
+    for document in ("serve-8x7b-bf16.yaml", "serve-8x22b.yaml"):
+        settings = settings_of(SERVE[document])
+        for path in (settings.tls_folder, settings.api_keys_file):
+            assert path is not None
+            assert mounted[str(path.parent)] == "deploy/secrets"
 
 
 @pytest.mark.parametrize("name", [name for name in CLUSTERS if "onpremise" not in name])
@@ -136,6 +148,11 @@ def test_what_spans_hosts_listens_on_each_hosts_own_address(name: str) -> None:
     settings = settings_of(SERVE[name])
     spans_hosts = bool(settings.worker_resources)
     assert settings.data_plane_host == ("node" if spans_hosts else "127.0.0.1")
+    assert not settings.allow_plaintext_network
+    assert not settings.allow_open_http
+    if spans_hosts:
+        assert settings.tls_folder is not None
+        assert settings.api_keys_file is not None
     host = SERVE[name]["http_options"]["host"]
     assert host == ("0.0.0.0" if spans_hosts else "127.0.0.1")
 

@@ -1,17 +1,22 @@
 """A step's rows, split over workers and summed, are what one process computes."""
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from cluster.errors import ExpertsUnavailableError
-from cluster.head import dispatch
-from cluster.head.dispatch import PlacementFeed, RemoteExperts
+from cluster.head import connections
+from cluster.head.answer_times import FLOOR_S
+from cluster.head.dispatch import RemoteExperts, RemoteRows
+from cluster.head.routes import PlacementFeed
 from cluster.placement import Copy, Placement, Table, WorkerInfo
 from cluster.planning import plan
 from cluster.rpc import Identity
@@ -22,8 +27,9 @@ from model.router import Routing
 from model.sampling_params import SamplingParams
 from model.units import Unit
 from model.weights import Checkpoint
-from tests.cluster_fakes import Weights, Workers, random_rows
+from tests.cluster_fakes import DEADLINE_S, Weights, Workers, random_rows
 
+FRESH = WorkerInfo("worker-9", "127.0.0.1:9", 9, 0)
 TOLERANCE = 1e-6
 """In float32: the same products, added in another order."""
 NUM_EXPERTS = 8
@@ -89,15 +95,27 @@ def remote(
     feed = feed or PlacementFeed()
     feed.put(placement)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dispatch, "WorkerStream", workers.stream)
+        patch.setattr(connections, "WorkerStream", workers.stream)
         experts = RemoteExperts(
             feed, Identity("head", "f"), timeout_s=10.0, recovery_timeout_s=recovery_timeout_s
         )
         try:
             assert experts.connect(10.0)
+            wait_until(lambda: is_complete(experts), feed)
             yield experts, workers
         finally:
             experts.close()
+
+
+def is_complete(experts: RemoteExperts) -> bool:
+    """Whether all wanted workers are connected."""
+    return "without []" in repr(experts)
+
+
+def wait_until(is_so: Callable[[], bool], feed: PlacementFeed) -> None:
+    """Return once it is; looked at whenever a stream or placement comes or goes."""
+    with feed.changed:
+        assert feed.changed.wait_for(is_so, DEADLINE_S)
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 3, 8, 11])
@@ -270,19 +288,19 @@ def test_rows_that_nobody_can_compute_fail_within_the_recovery_time(
     placement = even_placement(mixtral, 2)
     x_TD = random_rows(3, mixtral.config.hidden_size, seed=1)
     routing = routing_of(3, seed=1, top_k=NUM_EXPERTS)
-    with remote(mixtral, weights, placement, recovery_timeout_s=0.0) as (experts, workers):
+    feed = PlacementFeed()
+    with remote(mixtral, weights, placement, feed, recovery_timeout_s=0.0) as (experts, workers):
         lost = placement.workers[1]
         workers[lost].fail_at = {1}
+        workers.unreachable = {lost}
         pending = experts.dispatch(0, x_TD, routing)
-
-        def refuse(*args: object, **kwargs: object) -> None:
-            raise ExpertsUnavailableError("worker-1 does not answer")
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(dispatch, "WorkerStream", refuse)
-            with pytest.raises(ExpertsUnavailableError, match="no replacement within 0 s"):
-                pending.wait()
+        with pytest.raises(ExpertsUnavailableError, match="told to fail; no replacement within 0"):
+            pending.wait()
+        with pytest.raises(ExpertsUnavailableError, match="nobody holds all experts of layer 0"):
+            experts.dispatch(0, x_TD, routing).wait()
         # once it can be reached again, the next step goes through
+        workers.unreachable = set()
+        wait_until(lambda: is_complete(experts), feed)
         torch.testing.assert_close(
             experts.dispatch(0, x_TD, routing).wait(),
             mixtral.experts.dispatch(0, x_TD, routing).wait(),
@@ -291,14 +309,220 @@ def test_rows_that_nobody_can_compute_fail_within_the_recovery_time(
         )
 
 
+# --- copies ---
+
+
+def copied(*copies: Copy) -> tuple[tuple[Copy, ...], ...]:
+    """A layer whose experts all have these copies."""
+    return (copies,) * NUM_EXPERTS
+
+
+def assert_right(
+    mixtral: Mixtral, experts: RemoteExperts, *, seed: int = 1, pending: RemoteRows | None = None
+) -> None:
+    """A dispatch through layer 0 gives what local experts give."""
+    rows = rows_of(mixtral, seed=seed)
+    torch.testing.assert_close(
+        (pending or experts.dispatch(0, *rows)).wait(),
+        mixtral.experts.dispatch(0, *rows).wait(),
+        rtol=TOLERANCE,
+        atol=TOLERANCE,
+    )
+
+
+def rows_of(mixtral: Mixtral, *, seed: int = 1) -> tuple[Tensor, Routing]:
+    """Rows for every expert."""
+    x_TD = random_rows(6, mixtral.config.hidden_size, seed=seed)
+    return x_TD, routing_of(6, seed=seed, top_k=NUM_EXPERTS)
+
+
+def asked_of(workers: Workers, placement: Placement) -> list[int]:
+    """How many calls each worker got."""
+    return [len(workers[info].calls) for info in placement.workers]
+
+
+def test_rows_of_a_lost_worker_go_to_another_copy_at_once(
+    mixtral: Mixtral, weights: Weights
+) -> None:
+    placement = placement_of((copied((0,), (1,), (2,)),), 3)
+    with remote(mixtral, weights, placement, recovery_timeout_s=0.0) as (experts, workers):
+        lost = placement.workers[1]
+        workers[lost].fail_at = {1}
+        workers.unreachable = {lost}
+        assert_right(mixtral, experts)
+        assert sum(asked_of(workers, placement)) == 5  # the lost call became two
+        assert_right(mixtral, experts, seed=2)
+        assert asked_of(workers, placement)[1] == 1
+
+
+@given(
+    layer=st.lists(copies_of_an_expert(), min_size=NUM_EXPERTS, max_size=NUM_EXPERTS).map(tuple),
+    failing=st.dictionaries(st.integers(0, NUM_WORKERS - 1), st.sets(st.integers(1, 3))),
+    seed=st.integers(0, 2**30),
+)
+def test_losses_change_no_sum(
+    mixtral: Mixtral,
+    weights: Weights,
+    layer: tuple[tuple[Copy, ...], ...],
+    failing: dict[int, set[int]],
+    seed: int,
+) -> None:
+    """Whatever the placement, whoever breaks off and comes back."""
+    placement = placement_of((layer,), NUM_WORKERS)
+    with remote(mixtral, weights, placement) as (experts, workers):
+        for number, calls in failing.items():
+            workers[placement.workers[number]].fail_at = calls
+        for step in range(3):
+            assert_right(mixtral, experts, seed=seed + step)
+
+
+def test_a_lost_slice_is_made_good_by_the_same_slice(mixtral: Mixtral, weights: Weights) -> None:
+    placement = placement_of((copied((0, 1), (2, 3)),), 4)
+    with remote(mixtral, weights, placement, recovery_timeout_s=0.0) as (experts, workers):
+        lost = placement.workers[1]
+        workers[lost].fail_at = {1}
+        workers.unreachable = {lost}
+        assert_right(mixtral, experts)
+        assert {unit.slice_number for unit, _ in workers[lost].calls[0].assignments.counts} == {1}
+        assert asked_of(workers, placement) == [1, 1, 1, 2]
+
+
+def test_a_slice_that_nobody_else_has_makes_all_be_computed_in_another_way(
+    mixtral: Mixtral, weights: Weights
+) -> None:
+    layer = (*copied((0, 1), (2,))[:4], *copied((3,))[4:])
+    placement = placement_of((layer,), 4)
+    with remote(mixtral, weights, placement, recovery_timeout_s=0.0) as (experts, workers):
+        lost = placement.workers[1]
+        workers[lost].fail_at = {1}
+        workers.unreachable = {lost}
+        assert_right(mixtral, experts)
+        assert asked_of(workers, placement)[3] == 2
+
+
+def test_a_banned_worker_is_asked_only_where_nobody_else_can_be(
+    mixtral: Mixtral, weights: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.head.bans.FIRST_BAN_S", 1000.0)
+    monkeypatch.setattr("cluster.head.bans.LONGEST_BAN_S", 1000.0)
+    placement = placement_of((copied((0,), (1,)),), 2)
+    feed = PlacementFeed()
+    with remote(mixtral, weights, placement, feed) as (experts, workers):
+        banned, other = placement.workers
+        workers[banned].fail_at = {1}
+        assert_right(mixtral, experts)
+        wait_until(lambda: is_complete(experts), feed)
+        assert_right(mixtral, experts, seed=2)
+        assert asked_of(workers, placement) == [1, 3]
+        workers[other].fail_at = {4}
+        workers.unreachable = {other}
+        assert_right(mixtral, experts, seed=3)
+        assert asked_of(workers, placement) == [2, 4]
+
+
+def test_a_worker_that_refuses_keeps_its_stream_and_another_copy_is_asked(
+    mixtral: Mixtral, weights: Weights
+) -> None:
+    placement = placement_of((copied((0,), (1,)),), 2)
+    with remote(mixtral, weights, placement, recovery_timeout_s=0.0) as (experts, workers):
+        workers[placement.workers[0]].refusals = 1
+        assert_right(mixtral, experts)
+        assert asked_of(workers, placement) == [1, 2]
+        assert workers.num_connects == 2
+
+
+def test_the_only_worker_is_asked_again_until_it_takes_the_call(
+    mixtral: Mixtral, weights: Weights
+) -> None:
+    placement = placement_of((copied((0,)),), 1)
+    with remote(mixtral, weights, placement) as (experts, workers):
+        workers[placement.workers[0]].refusals = 2
+        assert_right(mixtral, experts)
+        assert asked_of(workers, placement) == [3]
+        assert workers.num_connects == 1
+
+
+def test_a_worker_is_waited_for_briefly_where_others_could_answer(
+    mixtral: Mixtral, weights: Weights
+) -> None:
+    for copies, patience_s in ((((0,), (1,)), FLOOR_S), (((0,),), 10.0)):
+        placement = placement_of((copied(*copies),), 2)
+        with remote(mixtral, weights, placement) as (experts, workers):
+            for seed in range(3):
+                assert_right(mixtral, experts, seed=seed)
+            patience = workers[placement.workers[0]].patience_s
+            assert patience[0] == pytest.approx(10.0, abs=1.0)  # before anything is known
+            assert patience[-1] == pytest.approx(patience_s, abs=0.2)
+
+
+# --- a new placement ---
+
+
+def test_a_placement_is_gone_by_once_its_workers_are_connected(
+    mixtral: Mixtral, weights: Weights
+) -> None:
+    old = placement_of((copied((0,)),), 2)
+    kept, dropped = old.workers
+    fresh = WorkerInfo("worker-2", "127.0.0.1:9", 7, 0)
+    table = (tuple(((e % 2,),) for e in range(NUM_EXPERTS)),)
+    new = Placement(2, (kept, fresh), table)
+    feed = PlacementFeed()
+    with remote(mixtral, weights, old, feed) as (experts, workers):
+        workers.place(new)
+        workers.unreachable = {fresh}
+        feed.put(new)
+        assert_right(mixtral, experts)
+        assert experts.epoch == 1
+        workers.unreachable = set()
+        wait_until(lambda: is_complete(experts), feed)
+        assert_right(mixtral, experts)
+        assert experts.epoch == 2
+        assert [call.epoch for call in workers[fresh].calls] == [2]
+        assert dropped.name not in repr(experts)
+
+
+def test_a_worker_that_leaves_may_first_answer_what_it_was_asked(
+    mixtral: Mixtral, weights: Weights
+) -> None:
+    old = placement_of((copied((1,)),), 2)
+    new = replace(placement_of((copied((0,)),), 2), epoch=2, workers=old.workers[:1])
+    feed = PlacementFeed()
+    with remote(mixtral, weights, old, feed) as (experts, workers):
+        workers.place(new)
+        pending = experts.dispatch(0, *rows_of(mixtral))
+        feed.put(new)
+        assert_right(mixtral, experts, seed=2)
+        assert experts.epoch == 2
+        assert_right(mixtral, experts, pending=pending)
+        assert asked_of(workers, old) == [1, 1]  # nothing was sent twice
+
+
+def test_rows_for_an_expert_that_nobody_holds_wait_for_a_placement_that_has_it(
+    mixtral: Mixtral, weights: Weights
+) -> None:
+    whole = placement_of((copied((0,)),), 1)
+    hole = replace(whole, epoch=2, table=(((), *whole.table[0][1:]),))
+    filled = replace(whole, epoch=3, table=(copied((1,)),), workers=(*whole.workers, FRESH))
+    feed = PlacementFeed()
+    with remote(mixtral, weights, whole, feed) as (experts, workers):
+        lost = whole.workers[0]
+        workers[lost].fail_at = {1}
+        workers.unreachable = {lost}
+        pending = experts.dispatch(0, *rows_of(mixtral))
+        workers.place(filled)
+        feed.put(hole)
+        threading.Timer(0.05, feed.put, [filled]).start()
+        assert_right(mixtral, experts, pending=pending)
+        assert experts.epoch == 3
+
+
 # --- the feed ---
 
 
 def test_the_feed_keeps_the_newest_epoch_whatever_the_order(mixtral: Mixtral) -> None:
     feed = PlacementFeed()
-    assert feed.wait_for_newer(None, 0) is None
+    assert feed.newest is None
     newer, older = (even_placement(mixtral, 2, epoch=epoch) for epoch in (5, 4))
     feed.put(newer)
     feed.put(older)
-    assert feed.wait_for_newer(None, 0) is newer
-    assert feed.wait_for_newer(newer, 0) is newer
+    assert feed.newest is newer

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import pytest
 from anthropic.types import Message
 
 from cluster.errors import HeadUnavailableError
+from cluster.ingress.auth import Access
 from tests.api_fakes import (
     CHAT,
+    EOS,
     JSON,
     LOADING,
     MODEL_ID,
@@ -20,10 +23,21 @@ from tests.api_fakes import (
     Caller,
     fails_after,
     never_ends,
+    tools_folder,
 )
 from tests.official_clients import anthropic_client
 
 PATH = "/v1/messages"
+WEATHER: Any = {
+    "name": "weather",
+    "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}},
+}
+CLOCK: Any = {"name": "clock", "description": "tells the time", "input_schema": {"type": "object"}}
+USE: Any = {"type": "tool_use", "id": "toolu_01", "name": "weather", "input": {"city": "Nice"}}
+CALLS = (
+    '[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Nice"}}, '
+    '{"name": "clock", "arguments": {}}]'
+)
 ECHO = "[INST] the wind [/INST]"
 """What the scripted engine answers to USER: the conversation as the template writes it."""
 
@@ -140,6 +154,134 @@ def test_system_and_blocks_are_the_conversation_that_chat_has(api: Api) -> None:
     )
 
 
+def test_an_answer_that_the_caller_has_begun_goes_on(api: Api) -> None:
+    turns = [USER, {"role": "assistant", "content": "it"}]
+    create(api, messages=turns)
+    api.post(CHAT, {"messages": turns, "continue_final_message": True})
+    ours, chats = api.engine.journals
+    assert ours.prompt_ids == chats.prompt_ids
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tools_folder(tiny_folder, tmp_path_factory.mktemp("tools"))
+
+
+@pytest.fixture
+def caller(folder: Path) -> Api:
+    """A model that calls two tools, one after the other."""
+    api = Api(folder)
+    api.configure(max_model_len=1_000, max_body_bytes=100_000)
+    api.engine.script = lambda journal: [*api.tokenizer.encode(CALLS), EOS]
+    return api
+
+
+def test_calls_are_blocks_streamed_or_not(caller: Api) -> None:
+    async def ask() -> Message:
+        fields = asked({"tools": [WEATHER, CLOCK], "max_tokens": 400})
+        async with (
+            anthropic_client(caller) as client,
+            client.messages.stream(**fields) as events,
+        ):
+            return await events.get_final_message()
+
+    plain = create(caller, tools=[WEATHER, CLOCK], max_tokens=400)
+    for message in (plain, asyncio.run(ask())):
+        assert message.stop_reason == "tool_use"
+        assert [(block.type, block.name, block.input) for block in message.content] == [  # type: ignore[union-attr]
+            ("tool_use", "weather", {"city": "Nice"}),
+            ("tool_use", "clock", {}),
+        ]
+    events = stream(caller, tools=[WEATHER, CLOCK], max_tokens=400)
+    kinds = [(event.type, event.index) for event in events if hasattr(event, "index")]
+    in_order = [kind for kind, _ in groupby(kinds)]
+    assert in_order == [
+        ("content_block_start", 0),
+        ("content_block_delta", 0),
+        ("content_block_stop", 0),
+        ("content_block_start", 1),
+        ("content_block_delta", 1),
+        ("content_block_stop", 1),
+    ]
+
+
+def test_text_before_a_call_is_a_block_of_its_own(caller: Api) -> None:
+    caller.engine.script = lambda journal: [*caller.tokenizer.encode(f"wait {CALLS}"), EOS]
+    message = create(caller, tools=[WEATHER, CLOCK], max_tokens=400)
+    assert [block.type for block in message.content] == ["text", "tool_use", "tool_use"]
+    events = stream(caller, tools=[WEATHER, CLOCK], max_tokens=400)
+    starts = [event for event in events if event.type == "content_block_start"]
+    assert [start.content_block.type for start in starts] == ["text", "tool_use", "tool_use"]
+
+
+def test_tools_and_their_results_are_the_conversation_that_chat_has(caller: Api) -> None:
+    create(
+        caller,
+        tools=[WEATHER],
+        messages=[
+            USER,
+            {"role": "assistant", "content": [{"type": "text", "text": "wait"}, USE]},
+            {
+                "role": "user",
+                "content": [
+                    {"type": "tool_result", "tool_use_id": "toolu_01", "content": "sun"},
+                    {"type": "text", "text": "so?"},
+                ],
+            },
+        ],
+    )
+    function = {"name": "weather", "parameters": WEATHER["input_schema"]}
+    call = {"name": "weather", "arguments": json.dumps(USE["input"])}
+    response = caller.post(
+        CHAT,
+        {
+            "tools": [{"type": "function", "function": function}],
+            "messages": [
+                USER,
+                {
+                    "role": "assistant",
+                    "content": "wait",
+                    "tool_calls": [{"id": "toolu_01", "type": "function", "function": call}],
+                },
+                {"role": "tool", "tool_call_id": "toolu_01", "content": "sun"},
+                {"role": "user", "content": "so?"},
+            ],
+        },
+    )
+    assert response.status_code == 200
+    ours, chats = caller.engine.journals
+    assert ours.prompt_ids == chats.prompt_ids
+
+
+@pytest.mark.parametrize(
+    ("choice", "chats"),
+    [
+        ({"type": "any"}, "required"),
+        ({"type": "tool", "name": "clock"}, {"type": "function", "function": {"name": "clock"}}),
+        ({"type": "auto"}, "auto"),
+        ({"type": "none"}, "none"),
+    ],
+)
+def test_a_tool_choice_means_what_chats_does(caller: Api, choice: Any, chats: Any) -> None:
+    create(caller, tools=[CLOCK], tool_choice=choice)
+    function = {"name": "clock", "description": "tells the time", "parameters": {"type": "object"}}
+    tools = [{"type": "function", "function": function}]
+    assert (
+        caller.post(CHAT, {"messages": [USER], "tools": tools, "tool_choice": chats}).status_code
+        == 200
+    )
+    one, other = caller.engine.journals
+    assert (one.prompt_ids, one.grammar) == (other.prompt_ids, other.grammar)
+
+
+def test_a_call_that_is_cut_off_has_no_arguments_and_says_why(caller: Api) -> None:
+    head = '[TOOL_CALLS] [{"name": "weather", "arguments": {"ci'
+    cut = len(caller.tokenizer.encode(head))
+    message = create(caller, tools=[WEATHER], max_tokens=cut)
+    assert message.stop_reason == "max_tokens"
+    assert [block.input for block in message.content] == [{}]  # type: ignore[union-attr]
+
+
 def test_parameters_reach_the_engine(api: Api) -> None:
     extra = {"temperature": 0.25, "top_p": 0.5, "top_k": 7}
     create(api, max_tokens=9, extra_body=extra, metadata={"user_id": "ada"})
@@ -200,6 +342,12 @@ def test_a_schema_becomes_a_grammar(api: Api) -> None:
     assert '"name"' in grammar.text
 
 
+def test_a_wrong_key_is_refused_in_anthropics_words(api: Api) -> None:
+    api.admit(Access.with_keys(["sesame"], allow_open=False, allowed_origins=()))
+    assert create(api).content  # the client sends its key as x-api-key
+    assert "no API key" in assert_refused(api, asked({}), 401, "authentication_error")
+
+
 def assert_refused(api: Api, body: dict[str, Any], status: int, kind: str) -> str:
     """Anthropic's error object and nothing else. Returns the message."""
     response = api.request("POST", PATH, content=json.dumps(body), headers=JSON)
@@ -222,9 +370,23 @@ def assert_refused(api: Api, body: dict[str, Any], status: int, kind: str) -> st
         ({"messages": []}, "messages: List should have at least 1"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]},
-            "messages: Input should be 'text', not 'image'",
+            "messages: Input tag 'image' found",
         ),
         ({"messages": [{"role": "tool", "content": "x"}]}, "not 'tool'"),
+        (
+            {"messages": [{"role": "user", "content": [{**USE, "id": "x"}]}]},
+            "messages: a tool_use block cannot be in a turn of user",
+        ),
+        ({"messages": [{"role": "assistant", "content": [USE]}]}, "messages: "),
+        ({"messages": [{"role": "user", "content": []}]}, "messages: List should have at least 1"),
+        ({"tools": [{"type": "web_search_20250305", "name": "x"}]}, "tools: Input should be"),
+        ({"tools": [WEATHER]}, "tools: the chat template of this model"),
+        (
+            {"tools": [{"name": "x", "input_schema": {"type": "array"}}]},
+            "tools: must be the",
+        ),
+        ({"tool_choice": {"type": "any"}}, "tool_choice: there are no tools"),
+        ({"tool_choice": {"type": "tool"}}, "tool_choice: name must be given"),
         ({"thinking": {"type": "enabled", "budget_tokens": 9}}, "thinking is not supported"),
         ({"temperature": -1}, "temperature: Input should be greater than or equal to 0"),
         ({"system": [{"type": "image"}]}, "system: Input should be 'text'"),

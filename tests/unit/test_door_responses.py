@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,29 @@ from tests.api_fakes import (
     assert_error,
     fails_after,
     never_ends,
+    tools_folder,
 )
 from tests.official_clients import openai_client
 
 PATH = "/v1/responses"
+WEATHER: Any = {
+    "type": "function",
+    "name": "weather",
+    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    "strict": True,
+}
+CLOCK: Any = {"type": "function", "name": "clock", "parameters": {"type": "object"}}
+ARGUMENTS = '{"city": "Nice"}'
+CALL: Any = {
+    "type": "function_call",
+    "call_id": "call_1",
+    "name": "weather",
+    "arguments": ARGUMENTS,
+}
+CALLS = (
+    f'[TOOL_CALLS] [{{"name": "weather", "arguments": {ARGUMENTS}}}, '
+    '{"name": "clock", "arguments": {}}]'
+)
 ECHO = "[INST] the wind [/INST]"
 """What the scripted engine answers to "the wind": the conversation as the template writes it."""
 
@@ -156,6 +176,141 @@ def test_items_and_instructions_are_the_conversation_that_chat_has(api: Api) -> 
     )
 
 
+@pytest.fixture(scope="module")
+def folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tools_folder(tiny_folder, tmp_path_factory.mktemp("tools"))
+
+
+@pytest.fixture
+def caller(folder: Path) -> Api:
+    """A model that calls two tools, one after the other."""
+    api = Api(folder)
+    api.configure(max_model_len=1_000, max_body_bytes=100_000)
+    api.engine.script = lambda journal: [*api.tokenizer.encode(CALLS), EOS]
+    return api
+
+
+def test_calls_are_items_streamed_or_not(caller: Api) -> None:
+    fields: dict[str, Any] = {"input": "the wind", "tools": [WEATHER, CLOCK]}
+    plain = create(caller, **fields)
+    events = stream(caller, **fields)
+    for response in (plain, events[-1].response):
+        assert response.status == "completed"
+        assert [(item.type, item.name, item.arguments) for item in response.output] == [
+            ("function_call", "weather", ARGUMENTS),
+            ("function_call", "clock", "{}"),
+        ]
+    assert [tool.name for tool in plain.tools] == ["weather", "clock"]  # type: ignore[union-attr]
+    kinds = [kind for kind, _ in groupby(event.type for event in events)]
+    one_call = [
+        "response.output_item.added",
+        "response.function_call_arguments.delta",
+        "response.function_call_arguments.done",
+        "response.output_item.done",
+    ]
+    assert kinds == [
+        "response.created",
+        "response.in_progress",
+        *one_call,
+        *one_call,
+        "response.completed",
+    ]
+    added = [event for event in events if event.type == "response.output_item.added"]
+    assert [(event.output_index, event.item.name) for event in added] == [
+        (0, "weather"),
+        (1, "clock"),
+    ]
+    assert [event.item.call_id for event in added] == [
+        item.call_id for item in events[-1].response.output
+    ]
+
+
+def test_the_clients_own_stream_helper_reads_text_and_calls(caller: Api) -> None:
+    caller.engine.script = lambda journal: [*caller.tokenizer.encode(f"wait {CALLS}"), EOS]
+
+    async def ask() -> list[str]:
+        async with (
+            openai_client(caller) as client,
+            client.responses.stream(
+                model=MODEL_ID, input="the wind", tools=[WEATHER, CLOCK]
+            ) as events,
+        ):
+            return [item.type for item in (await events.get_final_response()).output]
+
+    assert asyncio.run(ask()) == ["message", "function_call", "function_call"]
+
+
+def test_tools_and_their_results_are_the_conversation_that_chat_has(caller: Api) -> None:
+    create(
+        caller,
+        tools=[WEATHER],
+        input=[
+            {"role": "user", "content": "the wind"},
+            {"role": "assistant", "content": "wait"},
+            CALL,
+            {"type": "function_call_output", "call_id": "call_1", "output": "sun"},
+        ],
+    )
+    function = {"name": "weather", "parameters": WEATHER["parameters"]}
+    call = {"name": "weather", "arguments": ARGUMENTS}
+    response = caller.post(
+        CHAT,
+        {
+            "tools": [{"type": "function", "function": function}],
+            "messages": [
+                {"role": "user", "content": "the wind"},
+                {
+                    "role": "assistant",
+                    "content": "wait",
+                    "tool_calls": [{"id": "call_1", "type": "function", "function": call}],
+                },
+                {"role": "tool", "tool_call_id": "call_1", "content": "sun"},
+            ],
+        },
+    )
+    assert response.status_code == 200
+    ours, chats = caller.engine.journals
+    assert ours.prompt_ids == chats.prompt_ids
+
+
+@pytest.mark.parametrize(
+    ("choice", "chats"),
+    [
+        ("required", "required"),
+        ("none", "none"),
+        (
+            {"type": "function", "name": "clock"},
+            {"type": "function", "function": {"name": "clock"}},
+        ),
+    ],
+)
+def test_a_tool_choice_means_what_chats_does(caller: Api, choice: Any, chats: Any) -> None:
+    create(caller, input="the wind", tools=[CLOCK], tool_choice=choice, parallel_tool_calls=False)
+    function = {"name": "clock", "parameters": {"type": "object"}}
+    response = caller.post(
+        CHAT,
+        {
+            "messages": [{"role": "user", "content": "the wind"}],
+            "tools": [{"type": "function", "function": function}],
+            "tool_choice": chats,
+            "parallel_tool_calls": False,
+        },
+    )
+    assert response.status_code == 200
+    one, other = caller.engine.journals
+    assert (one.prompt_ids, one.grammar) == (other.prompt_ids, other.grammar)
+
+
+def test_a_call_that_is_cut_off_is_incomplete(caller: Api) -> None:
+    head = '[TOOL_CALLS] [{"name": "weather", "arguments": {"ci'
+    cut = len(caller.tokenizer.encode(head))
+    fields: dict[str, Any] = {"input": "x", "tools": [WEATHER], "max_output_tokens": cut}
+    for response in (create(caller, **fields), stream(caller, **fields)[-1].response):
+        (item,) = response.output
+        assert (response.status, item.status) == ("incomplete", "incomplete")
+        assert ARGUMENTS.startswith(item.arguments)
+
+
 def test_parameters_reach_the_engine_and_come_back(api: Api) -> None:
     response = create(api, input="the wind", temperature=0.25, top_p=0.5, max_output_tokens=7)
     params = api.engine.journals[0].params
@@ -224,7 +379,11 @@ def test_logprobs_come_where_they_are_asked_for(api: Api) -> None:
         ({"conversation": "conv_1"}, "conversation", "send the whole conversation"),
         ({"background": True}, "background", "not supported"),
         ({"input": []}, "input", "at least 1"),
-        ({"input": [{"type": "item_reference", "id": "x"}]}, "input", "must be of type"),
+        (
+            {"input": [{"type": "item_reference", "id": "x"}]},
+            "input",
+            "an item must be",
+        ),
         (
             {"input": [{"role": "user", "content": [{"type": "input_image"}]}]},
             "input",
@@ -232,6 +391,19 @@ def test_logprobs_come_where_they_are_asked_for(api: Api) -> None:
         ),
         ({"input": [{"role": "tool", "content": "x"}]}, "input", "'developer', not 'tool'"),
         ({"input": [{"role": "assistant", "content": "x"}]}, "input", "must not be the assistant"),
+        ({"tools": [{"type": "web_search"}]}, "tools", "Input should be 'function'"),
+        (
+            {"tools": [{**WEATHER, "parameters": {"type": "array"}}]},
+            "tools",
+            "must be the schema of an object",
+        ),
+        ({"tool_choice": "required"}, "tool_choice", "there are no tools"),
+        ({"tool_choice": "sometimes"}, "tool_choice", "'auto', 'none' or 'required'"),
+        (
+            {"input": [{**CALL, "arguments": "["}]},
+            "input",
+            "input: arguments of weather",
+        ),
         ({"temperature": 3}, "temperature", "less than or equal to 2"),
         ({"max_output_tokens": 1000}, "max_output_tokens", "max_output_tokens: 1000 exceeds"),
         ({"text": {"format": {"type": "json_schema"}}}, "text", "name and schema"),

@@ -21,6 +21,7 @@ assert not loaded, f"importing {sys.argv[1]} imports {sorted(loaded)}"
     [
         ("cluster.ingress.api", ["torch", "ray", "grpc", "protos"]),
         ("cluster.ingress.heads", ["torch", "ray", "fastapi"]),
+        ("cluster.ingress.users_grpc", ["torch", "ray"]),
         ("cluster.ingress.text", ["torch", "ray", "grpc", "fastapi"]),
         ("cluster.ingress.structured", ["torch", "ray", "grpc", "fastapi", "llguidance"]),
         ("cluster.cli", ["torch", "ray", "grpc", "fastapi", "numpy", "httpx"]),

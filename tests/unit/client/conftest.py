@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from cluster.client import io
 from tests.client_fakes import Asynchronous, Blocking, Way
 
 
@@ -21,3 +22,16 @@ def way(request: pytest.FixtureRequest) -> Iterator[Way]:
 def _no_settings_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MAESTRALE_BASE_URL", raising=False)
     monkeypatch.delenv("MAESTRALE_API_KEY", raising=False)
+
+
+@pytest.fixture
+def slept_s(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds that clients waited, instead of waiting."""
+    slept: list[float] = []
+
+    async def sleep(_self: object, seconds: float) -> None:
+        slept.append(seconds)
+
+    monkeypatch.setattr(io.BlockingIo, "sleep", sleep)
+    monkeypatch.setattr(io.AsyncIo, "sleep", sleep)
+    return slept

@@ -7,13 +7,21 @@ import httpx
 import pytest
 
 from cluster import errors
-from cluster.client.params import ChatParams, ClassifyParams, CompletionParams
+from cluster.client.params import (
+    ChatParams,
+    ClassifyParams,
+    CompletionParams,
+    DetokenizeParams,
+    TokenizeParams,
+)
 from cluster.schema import (
     ChatCompletionRequest,
     Classification,
     ClassifyRequest,
     Completion,
     CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
 )
 from tests.client_fakes import (
     CHAT,
@@ -83,6 +91,18 @@ def test_classify_sends_its_inputs_and_returns_what_was_found(way: Way) -> None:
     }
 
 
+def test_texts_become_tokens_and_tokens_texts(way: Way) -> None:
+    server = Server(httpx.Response(200, json={"count": 2, "max_model_len": 9, "tokens": [5, 6]}))
+    reply = way.client(server).tokenize(prompt="a b", add_special_tokens=False)
+    assert (reply.count, reply.tokens) == (2, [5, 6])
+    assert server.requests[0].url.path == "/tokenize"
+    assert server.body == {"prompt": "a b", "add_special_tokens": False}
+    server = Server(httpx.Response(200, json={"prompt": "a b"}))
+    assert way.client(server).detokenize(tokens=[5, 6]).prompt == "a b"
+    assert server.requests[0].url.path == "/detokenize"
+    assert server.body == {"tokens": [5, 6]}
+
+
 def test_what_is_none_is_not_sent_but_in_extra_body_it_is(way: Way) -> None:
     server = Server(httpx.Response(200, json=CHAT))
     way.client(server).chat.completions.create(
@@ -108,6 +128,8 @@ def test_every_field_of_a_request_can_be_given() -> None:
         (CompletionParams, CompletionRequest),
         (ChatParams, ChatCompletionRequest),
         (ClassifyParams, ClassifyRequest),
+        (TokenizeParams, TokenizeRequest),
+        (DetokenizeParams, DetokenizeRequest),
     ):
         assert set(request.model_fields) <= {*params.__annotations__, "stream"}
 

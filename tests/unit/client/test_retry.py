@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster import errors
-from cluster.client import io, retry
+from cluster.client import retry
 from tests.client_fakes import (
     COMPLETION,
     DONE,
@@ -108,19 +108,6 @@ def test_only_a_connection_that_may_come_about_is(
 
 
 # --- the client ---
-
-
-@pytest.fixture
-def slept_s(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Seconds that clients waited, instead of waiting."""
-    slept: list[float] = []
-
-    async def sleep(_self: object, seconds: float) -> None:
-        slept.append(seconds)
-
-    monkeypatch.setattr(io.BlockingIo, "sleep", sleep)
-    monkeypatch.setattr(io.AsyncIo, "sleep", sleep)
-    return slept
 
 
 def turned_away(status: int = 503, **headers: str) -> httpx.Response:

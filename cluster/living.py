@@ -1,0 +1,324 @@
+"""The living placement: what each worker is to hold next, and what heads are told meanwhile.
+
+A unit is loaded where it is to be, then a placement says so, then heads move on to it, and only
+then is the old copy dropped; so a change of plan interrupts nobody. The same rules bring up a new
+cluster, a replaced worker and a restarted controller: they look only at what is wanted and what is
+held. Pure: told what workers and heads say and what time it is.
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from cluster.load import LoadTracker
+from cluster.placement import Copy, Placement, Table, WorkerInfo, WorkerReport, held_by
+from cluster.planning import busiest, moves, plan, rooms
+from model.units import Unit
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is to be placed, and where there is room; as `planning.plan` takes it."""
+
+    num_layers: int
+    num_experts: int
+    expert_bytes: tuple[int, ...]
+    budgets: tuple[int | None, ...]
+    num_copies: int = 1
+    num_slices: int = 1
+
+    @property
+    def num_workers(self) -> int:
+        return len(self.budgets)
+
+    @cached_property
+    def rooms(self) -> list[int]:
+        """Units that each worker may hold."""
+        return rooms(
+            self.num_layers * self.num_experts, self.expert_bytes, self.budgets, self.num_slices
+        )
+
+
+@dataclass(frozen=True)
+class Change:
+    """Another plan, and what it is expected to be good for."""
+
+    table: Table
+    moves: list[tuple[int, Unit]]
+    """Worker and unit to load."""
+    before: list[float]
+    """Of each layer: the busiest worker's expected load, relative to the mean."""
+    after: list[float]
+
+    @property
+    def gain(self) -> float:
+        """Share of the experts' time that it is expected to save."""
+        return 1 - sum(self.after) / sum(self.before)
+
+
+@dataclass(frozen=True)
+class _Published:
+    """A placement, with its table in the controller's own numbering of the workers."""
+
+    placement: Placement
+    table: Table
+    replaced_at: float = 0.0
+
+    def uses(self, worker: int, incarnation: int) -> list[Unit]:
+        """What heads that go by it may ask of a worker."""
+        is_listed = any(info.incarnation == incarnation for info in self.placement.workers)
+        return held_by(self.table, worker) if is_listed else []
+
+
+class LivingPlacement:
+    """Wanted, held, published. Owned by the controller's event loop."""
+
+    def __init__(self, sizes: Sizes, names: Sequence[str], *, drain_s: float) -> None:
+        """names: of the workers. drain_s: how long heads that do not say that they have moved on
+        are waited for.
+        """
+        assert len(names) == sizes.num_workers
+        self.load = LoadTracker(sizes.num_layers, sizes.num_experts)
+        self.epoch = 0
+        self._sizes = sizes
+        self._names = names
+        self._drain_s = drain_s
+        self._reports: list[WorkerReport | None] = [None] * sizes.num_workers
+        self._target: Table | None = None
+        self._published: _Published | None = None
+        self._draining: list[_Published] = []
+
+    def __repr__(self) -> str:
+        num_heard = sum(report is not None for report in self._reports)
+        return (
+            f"LivingPlacement(epoch {self.epoch}, {num_heard} of {len(self._reports)} workers, "
+            f"{self.num_missing} units to load, {len(self._draining)} epochs drain)"
+        )
+
+    # --- what is heard ---
+
+    def hear(self, worker: int, report: WorkerReport) -> None:
+        """A worker's heartbeat."""
+        before = self._reports[worker]
+        if before is not None and before.incarnation != report.incarnation:
+            self.lose(worker)
+        self._reports[worker] = report
+        self.epoch = max(self.epoch, report.epoch)
+        self.load.count(report.incarnation, report.rows)
+
+    def lose(self, worker: int) -> None:
+        """A worker is gone, with all that it held."""
+        report = self._reports[worker]
+        if report is not None:
+            self.load.forget(report.incarnation)
+        self._reports[worker] = None
+
+    def drain(self, epochs_of_heads: Collection[int], now: float) -> None:
+        """Forget the placements that no head goes by any more, or for too long.
+
+        epochs_of_heads: that each of them goes by; 0 for one that knows no placement yet.
+        """
+        self.epoch = max(self.epoch, *epochs_of_heads, 0)  # they take no lower one
+        oldest = min((epoch for epoch in epochs_of_heads if epoch), default=self.epoch)
+        self._draining = [
+            old
+            for old in self._draining
+            if oldest <= old.placement.epoch and now - old.replaced_at < self._drain_s
+        ]
+
+    # --- what is wanted ---
+
+    @property
+    def is_planned(self) -> bool:
+        return self._target is not None
+
+    @property
+    def has_heard_all(self) -> bool:
+        """Every worker lives and has reported."""
+        return None not in self._reports
+
+    @property
+    def num_wanted(self) -> int:
+        """Units that are to be held, over all workers."""
+        return sum(len(copy) for layer in self._target or () for es in layer for copy in es)
+
+    @property
+    def num_missing(self) -> int:
+        """Units that are still to be loaded, over all workers."""
+        if self._target is None:
+            return 0
+        return sum(
+            unit not in self._held(worker)
+            for worker in range(len(self._reports))
+            for unit in held_by(self._target, worker)
+        )
+
+    @property
+    def is_settled(self) -> bool:
+        """All is where it is wanted, and no head goes by an older placement."""
+        return self.is_planned and not self.num_missing and not self._draining
+
+    def proposal(self) -> Callable[[], Change]:
+        """Finds the best plan for the load of now, from what is wanted already, or else held.
+
+        May be called in another thread. Raises PlacementError when the experts do not fit.
+        """
+        sizes = self._sizes
+        current = self._target or self._all_held()
+        load = self.load.expected()
+        nodes = [report.node if report else "" for report in self._reports]
+
+        def find() -> Change:
+            table = plan(
+                num_layers=sizes.num_layers,
+                num_experts=sizes.num_experts,
+                expert_bytes=sizes.expert_bytes,
+                budgets=sizes.budgets,
+                nodes=nodes,
+                load=load,
+                current=current,
+                num_copies=sizes.num_copies,
+                num_slices=sizes.num_slices,
+            )
+            return Change(
+                table,
+                moves(current, table, sizes.num_workers),
+                busiest(current, load, sizes.num_workers),
+                busiest(table, load, sizes.num_workers),
+            )
+
+        return find
+
+    def adopt(self, table: Table) -> None:
+        """Want this from now on."""
+        self._target = table
+
+    # --- what follows ---
+
+    def orders(self, worker: int) -> tuple[Unit, ...]:
+        """What a worker is to hold now: what heads may ask it for, and what it is to load next.
+
+        Units that nobody holds come first, then those with the most load. While units move, a
+        worker holds at most one more than it has room for. What is left out counts as dropped.
+        """
+        report = self._reports[worker]
+        if report is None:
+            return ()
+        if self._target is None:
+            return tuple(report.held)
+        wanted = held_by(self._target, worker)
+        needed = set(wanted)
+        for published in filter(None, (self._published, *self._draining)):
+            needed.update(published.uses(worker, report.incarnation))
+        kept = {unit: digest for unit, digest in report.held.items() if unit in needed}
+        self._reports[worker] = replace(report, held=kept)  # the rest is gone once it is told
+        load = self.load.expected()
+        held = [self._held(other) for other in range(len(self._reports))]
+        missing = sorted(
+            (unit for unit in wanted if unit not in report.held),
+            key=lambda u: (any(u in units for units in held), -load[u.layer][u.expert_id], u),
+        )
+        return (*kept, *missing[: max(0, self._sizes.rooms[worker] + 1 - len(kept))])
+
+    def publish(self, now: float) -> Placement | None:
+        """The next placement, if anything has changed that heads must know.
+
+        The first waits until every expert can be asked for; later ones may have experts without any
+        copy, whose rows then wait.
+        """
+        if self._target is None:
+            return None
+        table = available(self._target, [self._held(w) for w in range(len(self._reports))])
+        is_whole = all(copies for layer in table for copies in layer)
+        if self._published is None and not is_whole:
+            return None
+        used, compact = _compact(table)
+        infos = []
+        for worker in used:
+            report = self._reports[worker]
+            assert report is not None, "it holds something"
+            infos.append(
+                WorkerInfo(
+                    self._names[worker], report.address, report.incarnation, report.num_bytes
+                )
+            )
+        placement = Placement(self.epoch + 1, tuple(infos), compact)
+        if self._published is not None:
+            before = self._published.placement
+            if (before.table, before.workers) == (placement.table, placement.workers):
+                return None
+            self._draining.append(replace(self._published, replaced_at=now))
+        self.epoch += 1
+        self._published = _Published(placement, table)
+        return placement
+
+    def _held(self, worker: int) -> Mapping[Unit, str]:
+        report = self._reports[worker]
+        return report.held if report else {}
+
+    def _all_held(self) -> Table:
+        """Every copy that there is."""
+        nothing = ((),) * self._sizes.num_experts
+        held = [self._held(worker) for worker in range(len(self._reports))]
+        return tuple(
+            tuple(
+                tuple(_other_copies(layer, e, self._sizes.num_slices, held, ()))
+                for e, _ in enumerate(nothing)
+            )
+            for layer in range(self._sizes.num_layers)
+        )
+
+
+def available(target: Table, held: Sequence[Collection[Unit]]) -> Table:
+    """What heads can be told: of each expert the wanted copies that are there already, and as many
+    other ones as are still missing. held: by worker.
+    """
+    table = []
+    for layer, experts in enumerate(target):
+        row = []
+        for expert_id, wanted in enumerate(experts):
+            num_slices = len(wanted[0])
+            there = [
+                copy
+                for copy in wanted
+                if all(
+                    Unit(layer, expert_id, number, num_slices) in held[worker]
+                    for number, worker in enumerate(copy)
+                )
+            ]
+            used = {worker for copy in there for worker in copy}
+            others = _other_copies(layer, expert_id, num_slices, held, used)
+            row.append((*there, *others[: len(wanted) - len(there)]))
+        table.append(tuple(row))
+    return tuple(table)
+
+
+def _other_copies(
+    layer: int,
+    expert_id: int,
+    num_slices: int,
+    held: Sequence[Collection[Unit]],
+    used: Collection[int],
+) -> list[Copy]:
+    """Copies of an expert that can be put together from the workers that are not used yet."""
+    holders = [
+        [
+            worker
+            for worker, units in enumerate(held)
+            if worker not in used and Unit(layer, expert_id, number, num_slices) in units
+        ]
+        for number in range(num_slices)
+    ]
+    return list(zip(*holders, strict=False))
+
+
+def _compact(table: Table) -> tuple[list[int], Table]:
+    """The workers that hold something, and the table numbered by those."""
+    used = sorted({w for layer in table for copies in layer for copy in copies for w in copy})
+    number = {worker: index for index, worker in enumerate(used)}
+    return used, tuple(
+        tuple(
+            tuple(tuple(number[worker] for worker in copy) for copy in copies) for copies in layer
+        )
+        for layer in table
+    )

@@ -1,0 +1,232 @@
+"""Copies and slices over real gRPC, without Ray: what a loss, a stall or a full worker costs."""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import grpc
+import pytest
+import torch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from tests.integration.proxy import CuttingProxy
+
+from cluster import rpc
+from cluster.head.cross_check import CrossCheck
+from cluster.head.dispatch import RemoteExperts
+from cluster.head.routes import PlacementFeed
+from cluster.metrics import HeadMetrics
+from cluster.placement import Copy, Placement, Table, held_by
+from model import Mixtral
+from model.experts import Assignments, assign, checksum
+from model.router import Routing
+from model.sampling_params import SamplingParams
+from model.units import Unit
+from model.weights import Checkpoint
+from tests.integration.workers import WorkerServer, remote_experts
+
+GREEDY = SamplingParams(max_tokens=40, temperature=0.0)
+PATIENCE_S = 60.0
+"""Of everything that the tests must not wait for: a test that does takes longer than FAR_BELOW."""
+FAR_BELOW_S = 30.0
+
+
+def everywhere(checkpoint: Checkpoint, *copies: Copy) -> Table:
+    """A table in which every expert has these copies."""
+    config = checkpoint.config
+    return ((copies,) * config.num_local_experts,) * config.num_hidden_layers
+
+
+def with_experts(mixtral: Mixtral, experts: RemoteExperts) -> Mixtral:
+    return Mixtral(mixtral.decoder, experts, mixtral.tokenizer, mixtral.chat)
+
+
+@contextmanager
+def connected(
+    placement: Placement, checkpoint: Checkpoint, feed: PlacementFeed | None = None
+) -> Iterator[RemoteExperts]:
+    """Experts on all workers of the placement."""
+    feed = feed or PlacementFeed()
+    feed.put(placement)
+    experts = remote_experts(feed, checkpoint, timeout_s=PATIENCE_S, recovery_timeout_s=PATIENCE_S)
+    try:
+        assert experts.connect(timeout_s=10)
+        with feed.changed:
+            assert feed.changed.wait_for(lambda: "without []" in repr(experts), 10)
+        yield experts
+    finally:
+        experts.close()
+
+
+def test_slices_on_three_workers_tell_the_same_story(
+    mixtral: Mixtral, checkpoint: Checkpoint
+) -> None:
+    table = everywhere(checkpoint, (0, 1, 2))
+    workers = [
+        WorkerServer(f"worker-{index}", checkpoint, units=held_by(table, index))
+        for index in range(3)
+    ]
+    prompt = mixtral.tokenizer.encode_prompt("Once upon a time")
+    expected = mixtral.generate_ids([prompt], [GREEDY])
+    try:
+        infos = tuple(worker.info for worker in workers)
+        with connected(Placement(1, infos, table), checkpoint) as experts:
+            assert with_experts(mixtral, experts).generate_ids([prompt], [GREEDY]) == expected
+    finally:
+        for worker in workers:
+            worker.stop()
+
+
+@pytest.mark.parametrize("loss", ["killed", "stalled"])
+def test_a_lost_worker_whose_experts_have_copies_costs_no_token_and_little_time(
+    mixtral: Mixtral, two_workers: list[WorkerServer], checkpoint: Checkpoint, loss: str
+) -> None:
+    """No placement comes to the rescue, and nobody waits for the worker to be back."""
+    prompt = mixtral.tokenizer.encode_prompt("Once upon a time")
+    expected = mixtral.generate_ids([prompt], [GREEDY])
+    with CuttingProxy(two_workers[1].address) as proxy:
+        behind_proxy = replace(two_workers[1].info, address=proxy.address)
+        table = everywhere(checkpoint, (0,), (1,))
+        placement = Placement(1, (two_workers[0].info, behind_proxy), table)
+        with connected(placement, checkpoint) as experts:
+            seen = 0
+
+            def lose(_index: int, _token_id: int) -> None:
+                nonlocal seen
+                seen += 1
+                if seen == 10:
+                    if loss == "stalled":
+                        proxy.stall()
+                    else:
+                        two_workers[1].stop()
+
+            started = time.monotonic()
+            split = with_experts(mixtral, experts)
+            assert split.generate_ids([prompt], [GREEDY], lose) == expected
+            assert time.monotonic() - started < FAR_BELOW_S
+            assert seen == GREEDY.max_tokens
+            assert "worker-1" in repr(experts).partition("without")[2]
+
+
+def test_a_new_worker_that_does_not_answer_holds_nobody_up(
+    mixtral: Mixtral, two_workers: list[WorkerServer], checkpoint: Checkpoint
+) -> None:
+    """The handshake with it takes its whole timeout, beside the engine."""
+    first, second = (worker.info for worker in two_workers)
+    old = Placement(1, (first,), everywhere(checkpoint, (0,)))
+    ids = [1, 5, 9]
+    feed = PlacementFeed()
+    with (
+        CuttingProxy(two_workers[1].address) as proxy,
+        connected(old, checkpoint, feed) as experts,
+    ):
+        proxy.stall()
+        silent = replace(second, address=proxy.address)
+        new = Placement(2, (first, silent), everywhere(checkpoint, (1,)))
+        feed.put(new)
+        started = time.monotonic()
+        logits = with_experts(mixtral, experts).logits(ids)
+        assert time.monotonic() - started < rpc.HANDSHAKE_TIMEOUT_S
+        assert (logits - mixtral.logits(ids)).abs().max() <= 1e-4
+        assert experts.epoch == 1
+
+
+def test_a_full_worker_refuses_and_the_other_copy_answers(
+    mixtral: Mixtral, two_workers: list[WorkerServer], checkpoint: Checkpoint
+) -> None:
+    infos = tuple(worker.info for worker in two_workers)
+    table = everywhere(checkpoint, (0,), (1,))
+    ids = [1, 5, 9]
+    expected = mixtral.logits(ids)
+    with connected(Placement(1, infos, table), checkpoint) as experts:
+        full = two_workers[0].service._batcher
+        full.max_waiting_bytes = 0
+        full._compute_lock.acquire()
+        someone = threading.Thread(target=full.compute, args=(0, *one_row(checkpoint)), daemon=True)
+        someone.start()
+        while not full._waiting:
+            assert someone.is_alive()
+        try:
+            logits = with_experts(mixtral, experts).logits(ids)
+        finally:
+            full._compute_lock.release()
+        assert (logits - expected).abs().max() <= 1e-4
+        assert "without []" in repr(experts)
+        assert 'outcome="busy"' in two_workers[0].metrics.exposition()
+        someone.join(10)
+
+
+def one_row(checkpoint: Checkpoint) -> tuple[torch.Tensor, Assignments]:
+    """A row for expert 0 of layer 0."""
+    routing = Routing(torch.tensor([[0]]), torch.tensor([[1.0]]))
+    return torch.ones(1, checkpoint.config.hidden_size), assign(0, routing)
+
+
+def test_a_flipped_bit_in_memory_is_found_and_dropped(checkpoint: Checkpoint) -> None:
+    workers = [WorkerServer(f"worker-{index}", checkpoint) for index in range(2)]
+    damaged = Unit(0, 3)
+    matrix = workers[1].held[damaged].w2_DF
+    assert isinstance(matrix, torch.Tensor)
+    sign_and_exponent = matrix.view(torch.int32)
+    sign_and_exponent[5, 7] ^= 1 << 29
+    infos = tuple(worker.info for worker in workers)
+    metrics = HeadMetrics()
+    identity = rpc.Identity("head", workers[0].identity.fingerprint)
+    check = CrossCheck(identity, metrics, share=1.0)
+    try:
+        x_TD = torch.randn(4, checkpoint.config.hidden_size)
+        routing = Routing(torch.full((4, 1), 3), torch.ones(4, 1))
+        for layer, outcome in ((1, "agreed"), (0, "damaged"), (0, "unanswered")):
+            # unanswered: the worker holds the expert no more
+            check.offer(x_TD, assign(layer, routing), lambda unit: (1, [infos[:1], infos[1:]]))
+            wait_for_metric(metrics, f'cross_checks_total{{outcome="{outcome}"}} 1.0')
+        assert damaged not in workers[1].held
+        assert damaged in workers[0].held
+    finally:
+        check.close()
+        for worker in workers:
+            worker.stop()
+
+
+def wait_for_metric(metrics: HeadMetrics, line: str) -> None:
+    deadline = time.monotonic() + FAR_BELOW_S
+    while line not in metrics.exposition():
+        assert time.monotonic() < deadline, metrics.exposition()
+
+
+def test_copies_that_disagree_with_sound_weights_are_unexplained(
+    checkpoint: Checkpoint,
+) -> None:
+    """As by a processor that computes wrongly; nobody can say which of the two."""
+    workers = [WorkerServer(f"worker-{index}", checkpoint) for index in range(2)]
+    infos = tuple(worker.info for worker in workers)
+    metrics = HeadMetrics()
+    check = CrossCheck(rpc.Identity("head", workers[0].identity.fingerprint), metrics, share=0.5)
+    wrong = workers[1].held
+    wrong[Unit(0, 3)] = wrong[Unit(0, 4)]
+    workers[1]._checksums[Unit(0, 3)] = checksum(wrong[Unit(0, 3)])
+    try:
+        x_TD = torch.randn(2, checkpoint.config.hidden_size)
+        assignments = assign(0, Routing(torch.full((2, 1), 3), torch.ones(2, 1)))
+        check.offer(x_TD, assignments, lambda unit: (1, [infos[:1], infos[1:]]))
+        wait_for_metric(metrics, 'outcome="unexplained"} 1.0')
+    finally:
+        check.close()
+        for worker in workers:
+            worker.stop()
+
+
+def test_a_worker_says_that_it_serves_no_more_before_it_ends(checkpoint: Checkpoint) -> None:
+    worker = WorkerServer("worker-0", checkpoint, units=[])
+    with grpc.insecure_channel(worker.address) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        request = health_pb2.HealthCheckRequest(service=rpc.EXPERT_SERVICE)
+        said = health.Watch(request, timeout=20)
+        assert next(said).status == health_pb2.HealthCheckResponse.SERVING
+        ending = threading.Thread(target=worker.service.end, args=(worker.server, 5.0))
+        ending.start()
+        assert next(said).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        said.cancel()
+        ending.join(10)
+        assert not ending.is_alive()

@@ -1,0 +1,78 @@
+"""Heads and controller killed under streams of the whole service: nobody who reads notices."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from cluster.client import Client
+from model import Mixtral
+from tests import faults
+from tests.integration.conftest import Service
+from tests.integration.test_service import counted, until
+from tests.streams import Story, prompts, tell_all
+
+NUM_STREAMS = 16
+MAX_TOKENS = 100
+
+
+@pytest.fixture(scope="module")
+def two_heads() -> Iterator[Service]:
+    service = Service.start("--dtype", "float32", "--workers", "2", "--heads", "2")
+    try:
+        with service.client() as client:
+            until(lambda: client.ready().heads_ready == 2, "the second head", timeout_s=60)
+        yield service
+    finally:
+        service.stop()
+
+
+@pytest.fixture(scope="module")
+def alone(mixtral: Mixtral) -> list[str]:
+    return [mixtral.generate(prompt, max_tokens=MAX_TOKENS) for prompt in prompts(NUM_STREAMS)]
+
+
+@pytest.fixture
+def client(two_heads: Service) -> Iterator[Client]:
+    with two_heads.client() as client:
+        yield client
+
+
+def report(what: str, stories: list[Story]) -> None:
+    print(f"\n{what}: longest stall {max(gap for story in stories for gap in story.gaps_s):.2f} s")
+
+
+def test_a_killed_head_costs_no_stream_anything(
+    two_heads: Service, client: Client, alone: list[str]
+) -> None:
+    victim = faults.actors(two_heads.process.pid, "HeadReplica")[0]
+
+    def disturb() -> None:
+        faults.kill(victim)
+
+    stories = tell_all(client, prompts(NUM_STREAMS), MAX_TOKENS, disturb, after=20 * NUM_STREAMS)
+    assert [story.text for story in stories] == alone
+    assert counted(client, "maestrale_replays_total") > 0
+    report("a head killed", stories)
+
+
+def test_a_killed_controller_costs_no_stream_anything(
+    two_heads: Service, client: Client, alone: list[str]
+) -> None:
+    (victim,) = faults.actors(two_heads.process.pid, "maestrale:Controller")
+
+    def disturb() -> None:
+        faults.kill(victim)
+
+    stories = tell_all(client, prompts(NUM_STREAMS), MAX_TOKENS, disturb, after=20 * NUM_STREAMS)
+    assert [story.text for story in stories] == alone
+    report("the controller killed", stories)
+    # and its successor takes over what runs
+    until(
+        lambda: faults.actors(two_heads.process.pid, "maestrale:Controller") not in ([], [victim]),
+        "another controller",
+        timeout_s=60,
+    )
+    again = tell_all(client, prompts(2), 20, lambda: None, after=1)
+    assert [story.text for story in again] == [
+        text[: len(story.text)] for text, story in zip(alone, again, strict=False)
+    ]

@@ -1,0 +1,83 @@
+"""32 streams for two minutes while pieces are killed again and again: what it costs who reads."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import psutil
+import pytest
+
+from cluster.client import Client
+from model import Mixtral
+from tests import faults
+from tests.integration.conftest import Service
+from tests.integration.test_service import counted, until
+from tests.streams import Story, percentile, prompts, tell
+
+pytestmark = pytest.mark.timeout(900)
+
+NUM_STREAMS = 32
+MAX_TOKENS = 120
+DURATION_S = 120.0
+
+
+@pytest.fixture
+def two_heads() -> Iterator[Service]:
+    service = Service.start("--dtype", "float32", "--workers", "2", "--heads", "2")
+    try:
+        with service.client() as client:
+            until(lambda: client.ready().heads_ready == 2, "the second head", timeout_s=60)
+        yield service
+    finally:
+        service.stop()
+
+
+def oldest(service: Service, kind: str) -> Callable[[], int | None]:
+    """Picks the actor of a class that has lived longest: the one that most depends on."""
+
+    def pick() -> int | None:
+        pids = faults.actors(service.process.pid, kind)
+        return min(pids, key=lambda pid: psutil.Process(pid).create_time(), default=None)
+
+    return pick
+
+
+def tell_until(client: Client, prompt: str, is_over: threading.Event) -> list[Story]:
+    """The same story, one stream after the other."""
+    stories = []
+    while not is_over.is_set():
+        stories.append(tell(client, prompt, MAX_TOKENS))
+    return stories
+
+
+def soak(
+    service: Service, mixtral: Mixtral, pick: Callable[[], int | None], every_s: float
+) -> None:
+    """Kill what is picked every so often, under streams; prints what they saw, and checks it."""
+    asked = prompts(NUM_STREAMS)
+    alone = [mixtral.generate(prompt, max_tokens=MAX_TOKENS) for prompt in asked]
+    is_over = threading.Event()
+    with service.client() as client, ThreadPoolExecutor(NUM_STREAMS) as pool:
+        with faults.killing(pick, every_s) as killed:
+            running = [pool.submit(tell_until, client, prompt, is_over) for prompt in asked]
+            time.sleep(DURATION_S)
+        is_over.set()
+        stories = [each.result() for each in running]
+        replays = counted(client, "maestrale_replays_total")
+    gaps_s = [gap for own in stories for story in own for gap in story.gaps_s]
+    longest_s = [max(story.gaps_s) for own in stories for story in own]
+    print(
+        f"\n{len(killed)} killed in {DURATION_S:.0f} s; {sum(map(len, stories))} streams, "
+        f"{replays:.0f} replays; between chunks p50 {percentile(gaps_s, 50):.3f} s, p99 "
+        f"{percentile(gaps_s, 99):.3f} s; longest stall of a stream p50 "
+        f"{percentile(longest_s, 50):.2f} s, p99 {percentile(longest_s, 99):.2f} s, max "
+        f"{max(longest_s):.2f} s"
+    )
+    for text, own in zip(alone, stories, strict=True):
+        assert {story.text for story in own} == {text}
+    assert len(killed) >= 0.5 * DURATION_S / every_s
+
+
+def test_a_head_of_two_is_killed_every_15_seconds(two_heads: Service, mixtral: Mixtral) -> None:
+    soak(two_heads, mixtral, oldest(two_heads, "HeadReplica"), every_s=15.0)

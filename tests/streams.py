@@ -1,0 +1,69 @@
+"""Many streams at a time from a running service, with what a client sees of a disturbance."""
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from cluster.client import Client
+
+WORDS = ("cat", "dog", "bird", "fish", "boy", "girl", "tree", "ball")
+STARTS = ("Once upon a time", "One day", "In a big house", "Far away")
+
+
+def prompts(count: int) -> list[str]:
+    """Different beginnings of stories, at most 32."""
+    return [f"{start} there was a {word}" for start in STARTS for word in WORDS][:count]
+
+
+@dataclass
+class Story:
+    """What one stream told. gaps_s: between two chunks."""
+
+    text: str = ""
+    gaps_s: list[float] = field(default_factory=list)
+
+
+def tell(
+    client: Client, prompt: str, max_tokens: int, on_chunk: Callable[[], None] = lambda: None
+) -> Story:
+    """One greedy stream. Raises what the client raises when it fails."""
+    story = Story()
+    last = time.monotonic()
+    with client.completions.create(
+        prompt=prompt, max_tokens=max_tokens, temperature=0, stream=True
+    ) as chunks:
+        for chunk in chunks:
+            now = time.monotonic()
+            if story.text:
+                story.gaps_s.append(now - last)
+            last = now
+            story.text += chunk.choices[0].text
+            on_chunk()
+    return story
+
+
+def tell_all(
+    client: Client,
+    prompts: Sequence[str],
+    max_tokens: int,
+    disturb: Callable[[], None],
+    after: int,
+) -> list[Story]:
+    """All at once; `disturb` is called once, in the midst of them: after so many chunks of all."""
+    num_left = after
+
+    def count() -> None:
+        nonlocal num_left
+        num_left -= 1
+        if num_left == 0:
+            disturb()
+
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        return list(pool.map(lambda prompt: tell(client, prompt, max_tokens, count), prompts))
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """Nearest rank."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))]

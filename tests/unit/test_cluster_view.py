@@ -1,0 +1,68 @@
+"""What an ingress says of the cluster: by the controller's news, and by what it sees itself."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+
+from cluster.ingress.deployment import Cluster
+from cluster.metrics import IngressMetrics
+from cluster.placement import ClusterView, HeadInfo, Placement
+from cluster.rpc import Identity
+
+PLACED = Placement(3, (), ())
+HEADS = (HeadInfo("head", "a:1"),)
+STARTING = ClusterView(1, "loading experts", 40, "worker-1: no disk", None, (), 2)
+
+
+@dataclass
+class Pool:
+    """As much of a HeadPool as is asked."""
+
+    num_ready: int
+    heads: Any = None
+
+    def update(self, heads: Any) -> None:
+        self.heads = heads
+
+
+def cluster(num_ready: int) -> tuple[Cluster, Pool]:
+    pool = Pool(num_ready)
+    heads: Any = pool
+    return Cluster(None, heads, IngressMetrics(), Identity("ingress", "tiny")), pool
+
+
+def test_before_any_news_nothing_is_ready() -> None:
+    readiness = cluster(0)[0].readiness()
+    assert (readiness.ready, readiness.phase) == (False, "waiting for the controller")
+
+
+def test_while_the_cluster_starts_its_phase_is_the_controllers() -> None:
+    ingress, pool = cluster(0)
+    ingress._on_view(STARTING)
+    readiness = ingress.readiness()
+    assert (readiness.ready, readiness.phase, readiness.percent) == (False, "loading experts", 40)
+    assert readiness.error == "worker-1: no disk"
+    assert pool.heads == ()
+
+
+@pytest.mark.parametrize(
+    ("placement", "listed", "num_ready", "is_ready"),
+    [
+        (PLACED, HEADS, 1, True),
+        (PLACED, HEADS, 0, True),  # lost just now: requests wait for the next
+        (PLACED, (), 1, True),  # the controller has lost sight of it
+        (PLACED, (), 0, False),
+        (None, (), 1, False),
+    ],
+)
+def test_ready_is_where_experts_are_placed_and_a_head_is_there_or_due(
+    placement: Placement | None, listed: tuple[HeadInfo, ...], num_ready: int, is_ready: bool
+) -> None:
+    ingress, pool = cluster(num_ready)
+    ingress._on_view(replace(STARTING, placement=placement, heads=listed))
+    readiness = ingress.readiness()
+    assert readiness.ready == is_ready
+    assert (readiness.phase == "ready") == is_ready
+    assert readiness.heads_ready == num_ready
+    assert pool.heads == listed
