@@ -23,6 +23,8 @@ class RareWarnings:
     """
 
     EVERY_S = 10.0
+    MAX_CHARS = 1_000
+    """Of a message; it may quote what the peer sent."""
 
     def __init__(
         self, logger: logging.Logger, *, clock: Callable[[], float] = time.monotonic
@@ -42,4 +44,4 @@ class RareWarnings:
             self._last[kind] = (now, 0) if is_due else (logged_at, num_unsaid + 1)
         if is_due:
             more = f" (and {num_unsaid} more since the last such line)" if num_unsaid else ""
-            self._logger.warning("%s%s", message, more)
+            self._logger.warning("%s%s", message[: self.MAX_CHARS], more)

@@ -20,6 +20,7 @@ from cluster import rpc, wire
 from cluster.wire import Call
 from model.config import MixtralConfig
 from model.experts import Assignments
+from model.units import Unit
 from protos import expert_pb2, head_pb2, peer_pb2
 
 DEADLINE_S = 60.0
@@ -124,12 +125,13 @@ def valid_call(rng: random.Random, config: MixtralConfig, call_id: int) -> exper
     """A few rows for some experts of a layer."""
     num_rows = rng.randint(1, 5)
     expert_ids = sorted(rng.sample(range(config.num_local_experts), rng.randint(1, 3)))
-    counts = [(expert_id, rng.randint(1, num_rows)) for expert_id in expert_ids]
+    layer = rng.randrange(config.num_hidden_layers)
+    counts = [(Unit(layer, expert_id), rng.randint(1, num_rows)) for expert_id in expert_ids]
     num_assignments = sum(count for _, count in counts)
     call = Call(
         call_id=call_id,
         epoch=1,
-        layer=rng.randrange(config.num_hidden_layers),
+        layer=layer,
         x_RD=torch.full((num_rows, config.hidden_size), rng.uniform(-1, 1)),
         assignments=Assignments(
             tuple(counts),

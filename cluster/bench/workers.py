@@ -189,7 +189,7 @@ def _serve(
             metrics,
             lambda unit: False,  # nothing is cross-checked here
         )
-        server, address = rpc.new_server("127.0.0.1")
+        server, address = rpc.new_server("127.0.0.1", observe_refusal=metrics.observe_refusal)
         if unix_socket is not None:
             server.add_insecure_port(f"unix:{unix_socket}")
         service.add_to(server)

@@ -21,9 +21,11 @@ def test_a_kind_of_warning_comes_at_most_every_ten_seconds(
         provoke("a", at)
     provoke("b", 111)
     provoke("a", 130)
+    warnings.warn("c", "c" * 5_000)
     assert caplog.messages == [
         "a at 100",
         "a at 110 (and 2 more since the last such line)",
         "b at 111",
         "a at 130 (and 1 more since the last such line)",
+        "c" * RareWarnings.MAX_CHARS,
     ]
