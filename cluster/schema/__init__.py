@@ -5,6 +5,14 @@ from cluster.schema.answer_form import (
     ResponseFormat,
     StructuredOutputs,
 )
+from cluster.schema.chat import (
+    ChatCompletionRequest,
+    ChatMessage,
+    ContentPart,
+    DetokenizeRequest,
+    Rendering,
+    TokenizeRequest,
+)
 from cluster.schema.replies import (
     Alive,
     AssistantMessage,
@@ -48,17 +56,11 @@ from cluster.schema.requests import (
     MAX_LOGPROBS,
     MAX_PRIORITY,
     MAX_SEED,
-    ChatCompletionRequest,
-    ChatMessage,
     ClassifyRequest,
     CompletionRequest,
-    ContentPart,
-    DetokenizeRequest,
     GenerationRequest,
     ModelRequest,
-    Rendering,
     StreamOptions,
-    TokenizeRequest,
 )
 from cluster.schema.tools import (
     MAX_TOOLS,
