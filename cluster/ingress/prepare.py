@@ -10,7 +10,7 @@ from cluster.errors import RequestError
 from cluster.ingress.journal import Journal
 from cluster.ingress.prompts import PromptReader, prompts_of
 from cluster.ingress.sampling import sampling_params
-from cluster.ingress.structured import grammar_spec
+from cluster.ingress.structured import form_field, grammar_spec
 from cluster.ingress.text import TextRules
 from cluster.ingress.tools import ToolUse, shown_tools, tool_use
 from cluster.schema import (
@@ -66,6 +66,8 @@ class Work:
     rules: TextRules
     echoes: tuple[str | None, ...]
     """For each prompt, what its choices' texts begin with."""
+    form_field: str | None = None
+    """The field that gives the answers a form, if one does."""
 
     @property
     def prompts(self) -> list[Journal]:
@@ -274,7 +276,13 @@ class Preparer:
             is_prompt_only=max_tokens == 0,
             calls=use.rules,
         )
-        return Work(body, journals, rules, tuple(echoes or [None] * len(kept)))
+        return Work(
+            body,
+            journals,
+            rules,
+            tuple(echoes or [None] * len(kept)),
+            form_field="tools" if use.grammar else form_field(body),
+        )
 
     def _truncated(
         self, body: GenerationRequest, prompt: tuple[int, ...], max_tokens: int | None
