@@ -150,7 +150,7 @@ class Load(_message.Message):
     def __init__(self, num_requests: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_free_tokens: _Optional[int] = ..., num_cache_tokens: _Optional[int] = ..., is_draining: _Optional[bool] = ...) -> None: ...
 
 class SequenceEvent(_message.Message):
-    __slots__ = ("request_id", "token_ids", "finish", "error", "logprobs", "prompt_logprobs", "num_reused", "scores")
+    __slots__ = ("request_id", "token_ids", "finish", "error", "logprobs", "prompt_logprobs", "num_reused", "scores", "param")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     FINISH_FIELD_NUMBER: _ClassVar[int]
@@ -159,6 +159,7 @@ class SequenceEvent(_message.Message):
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     NUM_REUSED_FIELD_NUMBER: _ClassVar[int]
     SCORES_FIELD_NUMBER: _ClassVar[int]
+    PARAM_FIELD_NUMBER: _ClassVar[int]
     request_id: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     finish: Finish
@@ -167,7 +168,8 @@ class SequenceEvent(_message.Message):
     prompt_logprobs: _containers.RepeatedCompositeFieldContainer[TokenLogprobs]
     num_reused: int
     scores: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, request_id: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., finish: _Optional[_Union[Finish, str]] = ..., error: _Optional[str] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., num_reused: _Optional[int] = ..., scores: _Optional[_Iterable[float]] = ...) -> None: ...
+    param: str
+    def __init__(self, request_id: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., finish: _Optional[_Union[Finish, str]] = ..., error: _Optional[str] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., num_reused: _Optional[int] = ..., scores: _Optional[_Iterable[float]] = ..., param: _Optional[str] = ...) -> None: ...
 
 class TokenLogprobs(_message.Message):
     __slots__ = ("logprob", "rank", "top_ids", "top_logprobs")

@@ -45,6 +45,7 @@ class Event:
     prompt_logprobs: of the prompt from its second token on, with the first tokens.
     num_reused: with the first tokens, how many of the prompt's were not computed for this request.
     error:      the request failed and has ended; `is_refusal` says that it never could have worked.
+    param:      of a refusal, the sampling parameter at fault, if it is one.
     """
 
     key: RequestKey
@@ -56,6 +57,7 @@ class Event:
     num_reused: int | None = None
     error: str | None = None
     is_refusal: bool = False
+    param: str | None = None
 
 
 @dataclass(frozen=True)
@@ -194,7 +196,7 @@ class Engine:
             if (outbox, key) in self._requests:
                 raise RequestError(400, f"request {key} is already in progress")
         except RequestError as error:
-            outbox.put([Event(key, error=error.message, is_refusal=True)])
+            outbox.put([Event(key, error=error.message, is_refusal=True, param=error.param)])
             return
         self._requests[outbox, key] = sequence
         self._addresses[sequence] = (outbox, key)
@@ -224,7 +226,7 @@ class Engine:
         try:
             sequence.params.check_vocabulary(vocab_size)
         except SamplingError as error:
-            raise RequestError(400, str(error)) from error
+            raise RequestError(400, str(error), param=error.field) from error
         if not self._scheduler.can_ever_fit(sequence):
             raise RequestError(
                 400, f"{sequence.max_len} tokens do not fit into the KV cache; raise kv_cache_bytes"

@@ -100,6 +100,7 @@ def _to_sequence_event(event: Event) -> head_pb2.SequenceEvent:
         token_ids=event.token_ids,
         finish=finish,
         error=event.error or "",
+        param=event.param or "",
         logprobs=_to_logprobs(event.logprobs),
         prompt_logprobs=_to_logprobs(event.prompt_logprobs),
         num_reused=event.num_reused,

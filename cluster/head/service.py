@@ -200,7 +200,8 @@ class HeadService(head_pb2_grpc.HeadServicer):
             if spec and self._grammars is None:
                 raise GrammarError("this model's answers cannot be given a form")
         except (SamplingError, GrammarError) as error:
-            outbox.put([Event(request_id, error=str(error), is_refusal=True)])
+            param = error.field if isinstance(error, SamplingError) else "grammar"
+            outbox.put([Event(request_id, error=str(error), is_refusal=True, param=param)])
             return
         if spec is None:
             self._engine.submit(outbox, request_id, sequence)
@@ -229,7 +230,7 @@ class HeadService(head_pb2_grpc.HeadServicer):
             logger.exception("%s: a grammar could not be compiled", self._identity.name)
             refusal = f"the grammar could not be compiled: {type(error).__name__}: {error}"
         if refusal:
-            event = Event(request_id, error=refusal, is_refusal=True)
+            event = Event(request_id, error=refusal, is_refusal=True, param="grammar")
             compiling.end(request_id, lambda: outbox.put([event]))
         else:
             compiling.end(request_id, lambda: self._engine.submit(outbox, request_id, sequence))

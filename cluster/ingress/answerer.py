@@ -115,8 +115,13 @@ class Answerer:
                 for index, journal in enumerate(work.journals)
             ]
             async with aclosing(merge(streams)) as merged:
-                async for index, delta in merged:
-                    yield index, delta
+                try:
+                    async for index, delta in merged:
+                        yield index, delta
+                except RequestError as error:
+                    if error.param == "grammar":  # what heads call a form, whoever asked for it
+                        error.param = work.form_field
+                    raise
 
     async def answers(self, work: Work) -> list[TextDelta]:
         """The whole answer of every choice that is drawn. Raises as `deltas` does."""

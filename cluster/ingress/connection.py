@@ -163,7 +163,7 @@ class HeadConnection:
                     raise event
                 has_ended = event.finish != head_pb2.FINISH_NONE
                 if event.finish == head_pb2.FINISH_INVALID:
-                    raise RequestError(400, event.error)
+                    raise RequestError(400, event.error, param=event.param or None)
                 if event.finish == head_pb2.FINISH_ERROR:
                     raise HeadFailedError(f"{self.head.name}: {event.error}")
                 yield event

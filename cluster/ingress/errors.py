@@ -101,7 +101,7 @@ def install(app: FastAPI) -> None:
 
 def _of_validation(error: RequestValidationError) -> RequestError:
     """The first few things that are wrong with a body, each with its place."""
-    problems: dict[str, str] = {}
+    problems: dict[str, dict[str, Any]] = {}
     for item in error.errors():
         if item["type"] == "json_invalid":
             return RequestError(400, f"the body is not valid JSON: {item['ctx']['error']}")
@@ -111,10 +111,16 @@ def _of_validation(error: RequestValidationError) -> RequestError:
             )
         # after the top field come pydantic's names of union members, which tell a caller nothing
         field = str(item["loc"][1]) if len(item["loc"]) > 1 else "body"
-        problems.setdefault(field, _problem(item))
+        if field not in problems or _fit(item) > _fit(problems[field]):
+            problems[field] = item
     fields = list(problems)[:_MAX_REPORTED]
-    message = "; ".join(f"{field}: {problems[field]}" for field in fields)
+    message = "; ".join(f"{field}: {_problem(problems[field])}" for field in fields)
     return RequestError(400, message, param=fields[0] if fields else None)
+
+
+def _fit(item: dict[str, Any]) -> tuple[bool, int]:
+    """How near a member of a union came before it failed: of the right type, then how deep."""
+    return not item["type"].endswith("_type"), len(item["loc"])
 
 
 def _problem(item: dict[str, Any]) -> str:

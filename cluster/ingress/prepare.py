@@ -5,31 +5,28 @@ Knows schema and text; knows no HTTP, no engine and no stream. Every refusal is 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from cluster.errors import RequestError
 from cluster.ingress.journal import Journal
+from cluster.ingress.prompts import PromptReader, prompts_of
 from cluster.ingress.resume import resume
 from cluster.ingress.sampling import sampling_params
-from cluster.ingress.structured import grammar_spec
+from cluster.ingress.structured import form_field, grammar_spec
 from cluster.ingress.text import TextRules
-from cluster.ingress.tools import ToolUse, conversation, shown_tools, tool_use
+from cluster.ingress.tools import ToolUse, shown_tools, tool_use
 from cluster.schema import (
     MAX_CHOICES,
     ChatCompletionRequest,
-    ChatMessage,
     ClassifyRequest,
     CompletionRequest,
     DetokenizeRequest,
     GenerationRequest,
     ModelRequest,
     PromptTokensDetails,
-    Rendering,
     TokenizeRequest,
     Usage,
 )
-from model.chat import RESERVED, ChatFormat
-from model.errors import PromptError
+from model.chat import ChatFormat
 from model.generation_defaults import GenerationDefaults
 from model.labels import trim_padding
 from model.tokenizer import Tokenizer
@@ -70,6 +67,8 @@ class Work:
     rules: TextRules
     echoes: tuple[str | None, ...]
     """For each prompt, what its choices' texts begin with."""
+    form_field: str | None = None
+    """The field that gives the answers a form, if one does."""
 
     @property
     def prompts(self) -> list[Journal]:
@@ -99,20 +98,23 @@ class Preparer:
         self._tokenizer = tokenizer
         self._chat = chat
         self._settings = settings
+        self._read = PromptReader(
+            tokenizer, chat, vocab_size=settings.vocab_size, max_model_len=settings.max_model_len
+        )
 
     def completion(self, body: CompletionRequest, client: str) -> Work:
         """Work of a plain completion; client is who asks. Raises RequestError, SamplingError."""
-        given = _prompts(body.prompt, "prompt")
+        given = prompts_of(body.prompt, "prompt")
         echoed = body.logprobs if body.echo else None
         of_prompt = [number for number in (body.prompt_logprobs, echoed) if number is not None]
         return self._work(
             body,
             client,
             [
-                self._prompt_ids(prompt, "prompt", has_begin=body.add_special_tokens)
+                self._read.ids(prompt, "prompt", has_begin=body.add_special_tokens)
                 for prompt in given
             ],
-            echoes=[self._text(prompt) for prompt in given] if body.echo else None,
+            echoes=[self._read.text(prompt) for prompt in given] if body.echo else None,
             continues_text=True,
             max_tokens=body.max_tokens,
             num_logprobs=body.logprobs,
@@ -122,7 +124,7 @@ class Preparer:
     def chat(self, body: ChatCompletionRequest, client: str) -> Work:
         """Work of a chat completion; client is who asks. Raises RequestError, SamplingError."""
         use = tool_use(body, self._chat)
-        ids = self._chat_ids(
+        ids = self._read.chat_ids(
             body.messages, body, shown=use.shown, calls_tools=use.grammar is not None
         )
         return self._work(
@@ -146,59 +148,20 @@ class Preparer:
                     400, "prompt: a prompt or messages must be given", param="prompt"
                 )
             has_begin = body.add_special_tokens is not False
-            return self._prompt_ids(body.prompt, "prompt", has_begin=has_begin)
+            return self._read.ids(body.prompt, "prompt", has_begin=has_begin)
         if body.add_special_tokens:
             raise RequestError(
                 400,
                 "add_special_tokens: a conversation has what its chat template writes",
                 param="add_special_tokens",
             )
-        return self._chat_ids(body.messages, body, shown=shown_tools(body.tools, self._chat))
+        return self._read.chat_ids(body.messages, body, shown=shown_tools(body.tools, self._chat))
 
     def text(self, body: DetokenizeRequest) -> str:
         """Text of ids. Raises RequestError."""
         self._check_supported(body)
-        self._check_ids(body.tokens, "tokens")
+        self._read.check_ids(body.tokens, "tokens")
         return self._tokenizer.decode(body.tokens)
-
-    def _chat_ids(
-        self,
-        given: Sequence[ChatMessage],
-        body: Rendering,
-        *,
-        shown: Sequence[dict[str, Any]],
-        calls_tools: bool = False,
-    ) -> tuple[int, ...]:
-        """Ids of a conversation, as the chat template renders it."""
-        messages = conversation(given)
-        self._check_length(sum(len(each.content or "") for each in messages), "messages")
-        reserved = RESERVED.intersection(body.chat_template_kwargs)
-        if reserved:
-            raise RequestError(
-                400,
-                f"chat_template_kwargs: {min(reserved)} has a field of its own or is no caller's",
-                param="chat_template_kwargs",
-            )
-        if body.continue_final_message and (
-            messages[-1].role != "assistant" or messages[-1].tool_calls
-        ):
-            raise RequestError(
-                400,
-                "continue_final_message: the last message must be text of the assistant's",
-                param="continue_final_message",
-            )
-        try:
-            ids = self._chat.encode(
-                messages,
-                tools=shown,
-                calls_tools=calls_tools,
-                adds_prompt=body.opens_turn,
-                continues_last=body.continue_final_message,
-                variables=body.chat_template_kwargs,
-            )
-        except PromptError as error:
-            raise RequestError(400, str(error), param="messages") from error
-        return tuple(ids)
 
     def check_model(self, model_id: str | None) -> None:
         """Refuse a model that is not the one that is served."""
@@ -215,8 +178,8 @@ class Preparer:
         """Ids of the inputs, without padding at their ends. Raises RequestError."""
         context = self._settings.max_model_len
         prompts = []
-        for given in _prompts(body.input, "input"):
-            ids = self._prompt_ids(given, "input")
+        for given in prompts_of(body.input, "input"):
+            ids = self._read.ids(given, "input")
             prompt = trim_padding(ids, self._settings.pad_token_id)
             if len(prompt) > context:
                 raise RequestError(
@@ -245,45 +208,6 @@ class Preparer:
         if unsupported:
             raise RequestError(
                 400, f"{unsupported} is not supported yet", param=unsupported, code="unsupported"
-            )
-
-    def _prompt_ids(
-        self, prompt: str | list[int], field: str, *, has_begin: bool = True
-    ) -> tuple[int, ...]:
-        """has_begin: whether a text gets the begin token."""
-        if not prompt:
-            raise RequestError(400, f"{field}: must not be empty", param=field)
-        if not isinstance(prompt, str):
-            self._check_ids(prompt, field)
-            return tuple(prompt)
-        self._check_length(len(prompt), field)
-        try:
-            ids = self._tokenizer.encode(prompt)
-        except PromptError as error:
-            raise RequestError(400, f"{field}: {error}", param=field) from error
-        return (self._tokenizer.bos_id, *ids) if has_begin else tuple(ids)
-
-    def _check_ids(self, ids: Sequence[int], field: str) -> None:
-        vocab_size = self._settings.vocab_size
-        if max(ids, default=0) >= vocab_size:
-            raise RequestError(
-                400,
-                f"{field}: token id {max(ids)} is out of vocabulary ({vocab_size} ids)",
-                param=field,
-            )
-
-    def _text(self, prompt: str | list[int]) -> str:
-        return prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt)
-
-    def _check_length(self, num_characters: int, param: str) -> None:
-        """Refuse what is too long whatever its tokens, before the event loop counts them."""
-        context = self._settings.max_model_len
-        if num_characters > context * self._tokenizer.longest_piece:
-            raise RequestError(
-                400,
-                f"{num_characters:,} characters cannot fit into the context of {context} tokens",
-                param=param,
-                code="context_length_exceeded",
             )
 
     def _work(
@@ -354,7 +278,13 @@ class Preparer:
             is_prompt_only=max_tokens == 0,
             calls=use.rules,
         )
-        return Work(body, journals, rules, tuple(echoes or [None] * len(kept)))
+        return Work(
+            body,
+            journals,
+            rules,
+            tuple(echoes or [None] * len(kept)),
+            form_field="tools" if use.grammar else form_field(body),
+        )
 
     def _truncated(
         self, body: GenerationRequest, prompt: tuple[int, ...], max_tokens: int | None
@@ -389,15 +319,3 @@ class Preparer:
                 code="context_length_exceeded",
             )
         return room if max_tokens is None else min(room, max(1, max_tokens))
-
-
-def _prompts(prompt: str | list[int] | list[str | list[int]], field: str) -> list[str | list[int]]:
-    """All prompts of a body's field, whichever of its forms it has."""
-    if isinstance(prompt, str):
-        return [prompt]
-    ids = [item for item in prompt if isinstance(item, int)]
-    if ids:
-        return [ids]
-    if not prompt:
-        raise RequestError(400, f"{field}: must not be empty", param=field)
-    return [item for item in prompt if not isinstance(item, int)]

@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from cluster.errors import RequestError
-from cluster.schema import ResponseFormat, StructuredOutputs
+from cluster.schema import GenerationRequest, ResponseFormat, StructuredOutputs
 from model.errors import GrammarError
 from model.grammar_spec import GrammarKind, GrammarSpec
 
@@ -44,6 +44,15 @@ def grammar_spec(
         raise _refused(field, str(error)) from error
     except RecursionError as error:
         raise _refused(field, "it is nested too deeply") from error
+
+
+def form_field(body: GenerationRequest) -> str | None:
+    """The field by which a request asks for a form, if it does."""
+    asked = [
+        *_of_response_format(body.response_format),
+        *_of_structured_outputs(body.structured_outputs),
+    ]
+    return asked[0][0] if asked else None
 
 
 def _of_response_format(wanted: ResponseFormat | None) -> list[tuple[str, GrammarKind, Any]]:

@@ -5,6 +5,14 @@ from cluster.schema.answer_form import (
     ResponseFormat,
     StructuredOutputs,
 )
+from cluster.schema.chat import (
+    ChatCompletionRequest,
+    ChatMessage,
+    ContentPart,
+    DetokenizeRequest,
+    Rendering,
+    TokenizeRequest,
+)
 from cluster.schema.replies import (
     RESUMED_TOKENS,
     Alive,
@@ -51,18 +59,12 @@ from cluster.schema.requests import (
     MAX_LOGPROBS,
     MAX_PRIORITY,
     MAX_SEED,
-    ChatCompletionRequest,
-    ChatMessage,
     ClassifyRequest,
     CompletionRequest,
-    ContentPart,
-    DetokenizeRequest,
     GenerationRequest,
     ModelRequest,
     RebalanceRequest,
-    Rendering,
     StreamOptions,
-    TokenizeRequest,
 )
 from cluster.schema.tools import (
     MAX_TOOLS,

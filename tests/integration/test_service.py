@@ -330,6 +330,7 @@ def test_a_form_that_cannot_be_is_refused(http: httpx.Client) -> None:
     response = http.post("/v1/completions", json=body)
     assert response.status_code == 400
     assert response.json()["error"]["type"] == "invalid_request_error"
+    assert response.json()["error"]["param"] == "structured_outputs"
 
 
 def test_choices_are_the_librarys(client: Client, mixtral: Mixtral) -> None:

@@ -5,6 +5,7 @@ import json
 import logging
 from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -54,6 +55,22 @@ def test_a_refusal_by_the_head_is_the_callers_400(api: Api, path: str, stream: b
     api.engine.script = fails_after(0, RequestError(400, "too long for the head"))
     message = assert_error(api.post(path, body_for(path, stream=stream)), 400)
     assert message == "too long for the head"
+
+
+@BOTH
+@EITHER_WAY
+@pytest.mark.parametrize(
+    ("form", "param"),
+    [
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"structured_outputs": {"regex": "a+"}}, "structured_outputs"),
+    ],
+)
+def test_a_form_that_the_head_refuses_is_named_as_the_caller_did(
+    api: Api, path: str, stream: bool, form: dict[str, Any], param: str
+) -> None:
+    api.engine.script = fails_after(0, RequestError(400, "it allows no answer", param="grammar"))
+    assert_error(api.post(path, body_for(path, stream=stream, **form)), 400, param=param)
 
 
 @BOTH
