@@ -195,7 +195,8 @@ def serve(
         ) as client,
     ):
         print_placement(client.cluster.status())
-        by_grpc = f", by gRPC at {config.grpc_host}:{grpc_port}" if grpc_port else ""
+        door = f"{config.grpc_host}:{config.grpc_port}"
+        by_grpc = f", by gRPC at {door}" if config.grpc_port else ""
         console.print(
             f"Serving {config.model_id()} at {client.base_url}/v1{by_grpc} (Ctrl-C stops)"
         )

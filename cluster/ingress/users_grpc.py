@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import grpc
 from google.protobuf.json_format import MessageToDict
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from pydantic import ValidationError
@@ -91,12 +91,13 @@ async def serving(
     Raises ConfigurationError when nothing can listen there.
     """
     server = grpc.aio.server(
+        interceptors=[_Parser()],
         options=[
             ("grpc.max_receive_message_length", answerer.settings.max_body_bytes),
             # A caller that is cut off answers no ping: its requests then end.
             ("grpc.keepalive_time_ms", 30_000),
             ("grpc.keepalive_timeout_ms", 10_000),
-        ]
+        ],
     )
     maestrale_pb2_grpc.add_MaestraleServicer_to_server(
         UsersDoor(answerer, metrics, access, is_local=is_loopback(_host_of(address))), server
@@ -200,6 +201,32 @@ class UsersDoor(maestrale_pb2_grpc.MaestraleServicer):
         finally:
             seconds = time.perf_counter() - started
             self._metrics.observe_request(f"/{SERVICE}/{method}", status, seconds)
+
+
+class _Parser(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # untyped
+    """Refuses a request that does not parse. gRPC itself would log a traceback for each."""
+
+    async def intercept_service(self, continuation: Any, details: Any) -> Any:
+        """The same handler, parsing by itself. Called by gRPC."""
+        handler = await continuation(details)
+        if handler is None or handler.request_streaming:
+            return handler
+        behave = handler.unary_stream or handler.unary_unary
+
+        async def parse_and_behave(data: bytes, context: Any) -> Any:
+            try:
+                request = handler.request_deserializer(data)
+            except DecodeError:
+                await context.abort(
+                    grpc.StatusCode.INVALID_ARGUMENT,
+                    f"a message of {len(data)} bytes for {details.method} does not parse",
+                )
+            return await behave(request, context)
+
+        kind = "unary_stream" if handler.response_streaming else "unary_unary"
+        return getattr(grpc, f"{kind}_rpc_method_handler")(
+            parse_and_behave, response_serializer=handler.response_serializer
+        )
 
 
 class _Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # untyped

@@ -259,6 +259,23 @@ def test_a_body_over_the_limit_is_refused(api: Api, call: Call) -> None:
     assert api.engine.journals == []
 
 
+@pytest.mark.parametrize(
+    "method", [f"/{SERVICE}/Generate", f"/{SERVICE}/Chat", "/grpc.health.v1.Health/Check"]
+)
+def test_garbage_is_refused_without_a_traceback(
+    call: Call, method: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def send(channel: grpc.aio.Channel) -> grpc.aio.AioRpcError:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await channel.unary_unary(method)(b"\xff" * 9)
+        return caught.value
+
+    error = call(send)
+    assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert error.details() == f"a message of 9 bytes for {method} does not parse"
+    assert caplog.records == []
+
+
 def test_requests_beyond_the_limit_are_refused(api: Api, call: Call) -> None:
     api.engine.script = never_ends
 
