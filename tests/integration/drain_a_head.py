@@ -18,7 +18,7 @@ from tests.streams import prompts, tell_all
 def main(num_streams: int, max_tokens: int) -> None:
     config = ServeConfig(dtype="float32", num_heads=2)
     with running(config, port=0) as client:
-        until(lambda: client.cluster.status().heads_ready == 2, "the second head", timeout_s=60)
+        until(lambda: client.cluster.status().heads_ready == 2, "the second head", timeout_s=120)
         name = next(
             actor["name"]
             for actor in list_named_actors(all_namespaces=True)

@@ -27,7 +27,9 @@ def two_heads() -> Iterator[Service]:
     service = Service.start("--dtype", "float32", "--workers", "2", "--heads", "2")
     try:
         with service.client() as client:
-            until(lambda: client.cluster.status().heads_ready == 2, "the second head", timeout_s=60)
+            until(
+                lambda: client.cluster.status().heads_ready == 2, "the second head", timeout_s=120
+            )
         yield service
     finally:
         service.stop()
