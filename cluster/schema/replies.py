@@ -199,7 +199,7 @@ class Model(Reply):
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "maestrale"
-    root: str
+    root: str | None = None
     """The same as id: there are no adapters."""
     max_model_len: int
     """Prompt and completion together, tokens."""
