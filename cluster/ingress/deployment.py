@@ -88,14 +88,14 @@ class Ingress:
             ),
             metrics,
             access,
-            beside=_grpc_door(config, metrics, access),
+            beside=grpc_door(config, metrics, access),
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._app
 
 
-def _grpc_door(
+def grpc_door(
     config: ServeConfig, metrics: IngressMetrics, access: Access
 ) -> Callable[[Answerer], AbstractAsyncContextManager[Any]]:
     """What opens the users' gRPC door, if there is to be one."""
