@@ -88,7 +88,7 @@ class Ingress:
             ),
             metrics,
             access,
-            beside=_grpc_door(config, metrics, access),
+            beside=grpc_door(config, metrics, access),
         )
 
         self._app.include_router(admin.router(controller.rebalance.remote))
@@ -97,7 +97,7 @@ class Ingress:
         return self._app
 
 
-def _grpc_door(
+def grpc_door(
     config: ServeConfig, metrics: IngressMetrics, access: Access
 ) -> Callable[[Answerer], AbstractAsyncContextManager[Any]]:
     """What opens the users' gRPC door, if there is to be one."""

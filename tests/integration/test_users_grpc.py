@@ -12,10 +12,14 @@ from google.protobuf.json_format import ParseDict
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from cluster.app import free_port
 from cluster.certs import write_certificates
+from cluster.config import ServeConfig
 from cluster.errors import ConfigurationError, HeadUnavailableError
 from cluster.ingress.answerer import Answerer
+from cluster.ingress.api import create_app
 from cluster.ingress.auth import Access
+from cluster.ingress.deployment import grpc_door
 from cluster.ingress.users_grpc import SERVICE, credentials_of, serving
 from cluster.security import identity_of
 from protos import maestrale_pb2, maestrale_pb2_grpc
@@ -454,6 +458,22 @@ def test_reflection_names_the_service(call: Call) -> None:
         return {service.name for service in reply.list_services_response.service}
 
     assert {SERVICE, "grpc.health.v1.Health"} <= call(reflect)
+
+
+def test_the_app_opens_the_door_while_it_runs(api: Api, tiny_folder: Path) -> None:
+    port = free_port("127.0.0.1")
+    beside = grpc_door(ServeConfig(grpc_port=port), api.metrics, api.access)
+    app = create_app(api.engine, *text_side(tiny_folder), api.settings, api.metrics, beside=beside)
+
+    async def run() -> grpc.StatusCode:
+        async with (
+            app.router.lifespan_context(app),
+            grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel,
+            asyncio.timeout(DEADLINE_S),
+        ):
+            return await code_of(channel)
+
+    assert asyncio.run(run()) == grpc.StatusCode.OK
 
 
 def test_processes_of_one_machine_may_share_a_port(api: Api, tiny_folder: Path) -> None:
