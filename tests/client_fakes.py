@@ -6,6 +6,7 @@ methods and streams wait where they are called.
 
 import asyncio
 import json
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from typing import Any, Self
 
@@ -95,12 +96,12 @@ def events_response(body: Packets, **headers: str) -> httpx.Response:
     return httpx.Response(200, headers={**kind, **headers}, stream=body)
 
 
-class Way:
+class Way(ABC):
     """How the client under test is called."""
 
+    @abstractmethod
     def client(self, server: Any, base_url: str | None = "http://server", **options: Any) -> Any:
         """A client, of which every answer comes from a server; it asks once unless told."""
-        raise NotImplementedError
 
 
 class Blocking(Way):

@@ -1,6 +1,7 @@
 """`Client` and `AsyncClient`: the SDK's front doors. Know no HTTP; what they call does."""
 
 import os
+from abc import ABC, abstractmethod
 from types import TracebackType
 from typing import Generic, Self, TypedDict, TypeVar, Unpack
 
@@ -33,7 +34,7 @@ class Changes(TypedDict, total=False):
     max_retries: int
 
 
-class _AnyClient(Generic[ConnectionT]):
+class _AnyClient(ABC, Generic[ConnectionT]):
     """What blocking and asynchronous clients share."""
 
     _connection: ConnectionT
@@ -66,9 +67,9 @@ class _AnyClient(Generic[ConnectionT]):
     def _settings(self) -> Settings:
         return self._connection.settings
 
+    @abstractmethod
     def _use(self, connection: ConnectionT) -> None:
         """Make all methods those of a connection."""
-        raise NotImplementedError
 
     def __repr__(self) -> str:
         state = "closed" if self._connection.http.is_closed else "open"
