@@ -29,7 +29,7 @@ test: check  ## Checks, unit tests, integration tests
 	$(BIN)/python -m pytest -q -n 2 tests/unit
 	$(BIN)/python -m pytest tests/integration
 
-test-unit: $(VENV)/.dev  ## Unit tests alone: no network, no Ray, under a minute
+test-unit: $(VENV)/.dev  ## Unit tests alone: no network, no Ray
 	$(BIN)/python -m pytest -q -n 2 tests/unit
 
 test-clients: $(VENV)/.clients  ## Other people's clients and tools against our API: minutes

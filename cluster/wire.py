@@ -214,8 +214,9 @@ def decode_reply(message: Buffer) -> Reply:
 
 def _bytes_of(tensor: Tensor) -> memoryview:
     """A tensor's bytes, without copying where it already lies contiguous on the CPU."""
-    flat = tensor.detach().cpu().contiguous().view(-1)
-    return flat.view(torch.uint8).numpy().data
+    if tensor.device.type != "cpu":
+        tensor = tensor.cpu()
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def _tensor_of(name: str, data: memoryview, dtype: torch.dtype, num_elements: int) -> Tensor:

@@ -11,8 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from model.linear import Weight, linear
@@ -83,16 +85,15 @@ class Assignments:
 
 def assign(layer: int, routing: Routing) -> Assignments:
     """Sort a routing by expert; all of them whole."""
-    top_k = routing.expert_ids_TK.shape[1]
-    experts_A, order_A = routing.expert_ids_TK.flatten().sort(stable=True)
-    expert_ids, counts = experts_A.unique_consecutive(return_counts=True)
+    # numpy: torch takes several microseconds for every step of this, in each layer of each step
+    experts_A: NDArray[np.int64] = routing.expert_ids_TK.flatten().cpu().numpy()
+    order_A = experts_A.argsort(kind="stable")
+    counts = np.bincount(experts_A).tolist()
+    top_k, device = routing.expert_ids_TK.shape[1], routing.weights_TK.device
     return Assignments(
-        counts=tuple(
-            (Unit(layer, expert_id), count)
-            for expert_id, count in zip(expert_ids.tolist(), counts.tolist(), strict=True)
-        ),
-        rows_A=order_A // top_k,
-        weights_A=routing.weights_TK.flatten()[order_A],
+        counts=tuple((Unit(layer, expert_id), n) for expert_id, n in enumerate(counts) if n),
+        rows_A=torch.from_numpy(order_A // top_k).to(device),
+        weights_A=routing.weights_TK.flatten()[torch.from_numpy(order_A).to(device)],
     )
 
 

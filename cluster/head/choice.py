@@ -7,6 +7,7 @@ Shape suffixes: A assignments.
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 
+import numpy as np
 import torch
 
 from cluster.placement import Copy
@@ -94,9 +95,10 @@ def choose(wanted: Sequence[tuple[int, Sequence[Copy]]]) -> list[Copy]:
 
 
 def split(assignments: Assignments, copies: Sequence[Copy]) -> list[tuple[int, Assignments]]:
-    """Assignments by worker, in ascending order. copies: of each of `assignments.counts`, one.
+    """Assignments by worker, in ascending order, on the CPU.
 
-    Rows of an expert that is held in slices go to all of the copy's workers.
+    copies: of each of `assignments.counts`, one. Rows of an expert that is held in slices go to all
+    of the copy's workers.
     """
     pieces: dict[int, list[tuple[tuple[Unit, int], slice]]] = defaultdict(list)
     begin = 0
@@ -108,13 +110,14 @@ def split(assignments: Assignments, copies: Sequence[Copy]) -> list[tuple[int, A
                 unit if len(copy) == 1 else unit._replace(slice_number=number, num_slices=len(copy))
             )
             pieces[worker].append(((part, count), where))
+    rows_A, weights_A = assignments.rows_A.cpu().numpy(), assignments.weights_A.cpu().numpy()
     return [
         (
             worker,
             Assignments(
                 counts=tuple(count for count, _ in mine),
-                rows_A=torch.cat([assignments.rows_A[where] for _, where in mine]),
-                weights_A=torch.cat([assignments.weights_A[where] for _, where in mine]),
+                rows_A=torch.from_numpy(np.concatenate([rows_A[where] for _, where in mine])),
+                weights_A=torch.from_numpy(np.concatenate([weights_A[where] for _, where in mine])),
             ),
         )
         for worker, mine in sorted(pieces.items())
