@@ -116,7 +116,7 @@ class WorkerActor:
         config = self._config
         settings = WorkerSettings(
             name=self.name,
-            checkpoint=config.checkpoint_folder(),
+            model=config.model,
             dtype=config.dtype,
             expert_quantization=self.quantization,
             device=config.device,

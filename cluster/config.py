@@ -57,6 +57,11 @@ def listen_host(data_plane_host: str, node_address: str) -> str:
     return node_address if data_plane_host == THE_NODES_OWN else data_plane_host
 
 
+def checkpoint_folder(model: Path | None) -> Path:
+    """The folder to load from, on this node. Raises CheckpointError when there is no such model."""
+    return TINY if model is None else resolve(model).absolute()
+
+
 class ServeConfig(BaseModel):
     """Everything that `cluster.app.build` must know. Under each field: meaning, unit, reason.
 
@@ -309,7 +314,7 @@ class ServeConfig(BaseModel):
 
     def checkpoint_folder(self) -> Path:
         """The folder to load from. Raises CheckpointError when there is no such model."""
-        return TINY if self.model is None else resolve(self.model).absolute()
+        return checkpoint_folder(self.model)
 
     def model_id(self) -> str:
         """Name under which the model is served."""

@@ -16,7 +16,7 @@ import torch
 from ray.util import get_node_ip_address
 
 from cluster import rpc
-from cluster.config import Network, listen_host
+from cluster.config import Network, checkpoint_folder, listen_host
 from cluster.expert.batcher import Batcher
 from cluster.expert.loader import Loader
 from cluster.expert.service import ExpertService
@@ -38,7 +38,8 @@ class WorkerSettings:
     """What a worker must know at its start. Sizes are in bytes, times in seconds."""
 
     name: str
-    checkpoint: Path
+    model: Path | None
+    """As in ServeConfig: each node finds, or fetches, its own folder."""
     dtype: str | None
     expert_quantization: str | None
     device: str
@@ -59,7 +60,7 @@ class ExpertWorker:
         torch.set_num_threads(settings.num_threads)
         self._settings = settings
         checkpoint = Checkpoint(
-            settings.checkpoint,
+            checkpoint_folder(settings.model),
             dtype=torch_dtype(settings.dtype),
             device=settings.device,
             expert_quantization=settings.expert_quantization,
