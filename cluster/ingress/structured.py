@@ -59,8 +59,9 @@ def _of_response_format(wanted: ResponseFormat | None) -> list[tuple[str, Gramma
     """Field, kind and value; empty where nothing is asked for."""
     if wanted is None or wanted.type == "text":
         return []
-    schema = wanted.json_schema.json_schema if wanted.json_schema else None
-    return [("response_format", wanted.type, schema)]
+    schema = wanted.json_schema.json_schema if wanted.json_schema else wanted.value
+    kind: GrammarKind = "json_object" if schema is None else "json_schema"
+    return [("response_format", kind, schema)]
 
 
 def _of_structured_outputs(wanted: StructuredOutputs | None) -> list[tuple[str, GrammarKind, Any]]:

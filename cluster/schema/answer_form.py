@@ -22,11 +22,15 @@ class ResponseFormat(BaseModel):
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchemaFormat | None = None
+    value: dict[str, Any] | None = None
+    """With json_object, the schema that the object must fit: TGI's way, and huggingface_hub's."""
 
     @model_validator(mode="after")
     def _schema_goes_with_its_type(self) -> "ResponseFormat":
         if (self.type == "json_schema") != (self.json_schema is not None):
             raise ValueError("json_schema must be given with type json_schema, and only then")
+        if self.value is not None and self.type != "json_object":
+            raise ValueError("value is only allowed with type json_object")
         return self
 
 

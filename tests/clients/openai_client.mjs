@@ -45,14 +45,14 @@ found.response = response.output_text;
 
 const schema = { type: "object", properties: { animal: { enum: ["cow"] } }, required: ["animal"], additionalProperties: false };
 const form = await client.chat.completions.create({
-  ...question, response_format: { type: "json_schema", json_schema: { name: "animal", schema } },
+  ...question, max_tokens: 400, response_format: { type: "json_schema", json_schema: { name: "animal", schema } },
 });
 found.form = form.choices[0].message.content;
 
 const invalid = await failure(() => client.chat.completions.create({ ...question, temperature: 9 }));
 found.invalid = [invalid.status, invalid.constructor.name, invalid.param];
 
-const endless = await client.completions.create({ ...story, max_tokens: 900, ignore_eos: true, stream: true });
+const endless = await client.completions.create({ ...story, max_tokens: 480, ignore_eos: true, stream: true });
 let numChunks = 0;
 for await (const _ of endless) {
   if (++numChunks === 3) break; // the client then aborts the request

@@ -45,7 +45,7 @@ def test_log_likelihoods_over_http_are_those_of_transformers(
         f"model=tiny-mixtral,base_url={service.url}/v1/completions,tokenizer={TINY},"
         "tokenizer_backend=huggingface,tokenized_requests=True,num_concurrent=4,max_length=1024",
     )
-    in_process = likelihoods(tmp_path, "hf", f"pretrained={TINY},dtype=float32,device=cpu")
+    in_process = likelihoods(tmp_path, "hf", f"pretrained={TINY},dtype=float32")
     assert len(over_http) == NUM_STORIES
     for ours, theirs in zip(over_http, in_process, strict=True):
         assert math.isclose(ours, theirs, abs_tol=1e-3), (over_http, in_process)
@@ -56,7 +56,15 @@ def likelihoods(folder: Path, model: str, arguments: str) -> list[float]:
     output = folder / model
     command = [sys.executable, "-m", "lm_eval", "run", "--model", model]
     command += ["--model_args", arguments, "--tasks", "stories", "--include_path", str(folder)]
-    command += ["--batch_size", "1", "--log_samples", "--output_path", str(output)]
+    command += [
+        "--device",
+        "cpu",
+        "--batch_size",
+        "1",
+        "--log_samples",
+        "--output_path",
+        str(output),
+    ]
     environ = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
     found = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr[-3_000:]

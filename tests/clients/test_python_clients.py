@@ -29,6 +29,13 @@ def claude(service: Service) -> Iterator[anthropic.Anthropic]:
         yield client
 
 
+@pytest.fixture(scope="module")
+def runner() -> Iterator[asyncio.Runner]:
+    """One event loop for all: langchain shares connections between its models."""
+    with asyncio.Runner() as runner:
+        yield runner
+
+
 def chat_model(service: Service, **options: Any) -> ChatOpenAI:
     return ChatOpenAI(
         model=MODEL,
@@ -41,30 +48,33 @@ def chat_model(service: Service, **options: Any) -> ChatOpenAI:
 
 
 def test_huggingface_hub_chats(hub: InferenceClient) -> None:
-    plain = hub.chat_completion(ASKED, temperature=0, max_tokens=40)
+    plain = hub.chat_completion(ASKED, model=MODEL, temperature=0, max_tokens=40)
     assert plain.choices[0].message.content == ANSWER
     assert plain.choices[0].finish_reason == "stop"
-    chunks = hub.chat_completion(ASKED, temperature=0, max_tokens=40, stream=True)
+    chunks = hub.chat_completion(ASKED, model=MODEL, temperature=0, max_tokens=40, stream=True)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == ANSWER
 
 
 def test_huggingface_hub_gets_the_form_that_it_asks_for(hub: InferenceClient) -> None:
     schema = {"name": "yes", "schema": {"enum": ["moo"]}}
     reply = hub.chat_completion(
-        ASKED, max_tokens=40, response_format={"type": "json_schema", "json_schema": schema}
+        ASKED,
+        model=MODEL,
+        max_tokens=40,
+        response_format={"type": "json_schema", "json_schema": schema},
     )
     assert reply.choices[0].message.content == '"moo"'
 
 
 @pytest.mark.parametrize("door", ["chat", "responses"])
-def test_langchain_chats(service: Service, door: str) -> None:
+def test_langchain_chats(service: Service, runner: asyncio.Runner, door: str) -> None:
     model = chat_model(service, use_responses_api=door == "responses")
     whole = model.invoke(QUESTION)
     assert whole.text == ANSWER
     assert whole.usage_metadata is not None
     assert whole.usage_metadata["output_tokens"] > 1
     assert "".join(chunk.text for chunk in model.stream(QUESTION)) == ANSWER
-    assert [each.text for each in asyncio.run(model.abatch([QUESTION] * 3))] == [ANSWER] * 3
+    assert [each.text for each in runner.run(model.abatch([QUESTION] * 3))] == [ANSWER] * 3
 
 
 @pytest.mark.parametrize("door", ["chat", "responses"])
@@ -77,7 +87,7 @@ def test_langchain_gets_an_object_by_its_schema(service: Service, door: str) -> 
         "required": ["says"],
         "additionalProperties": False,
     }
-    model = chat_model(service, use_responses_api=door == "responses", max_tokens=40)
+    model = chat_model(service, use_responses_api=door == "responses", max_tokens=400)
     structured = model.with_structured_output(schema, method="json_schema")
     assert structured.invoke(QUESTION) == {"says": "moo"}
 

@@ -28,6 +28,7 @@ def spec_of(response_format: Any = None, structured_outputs: Any = None) -> Gram
         (None, None),
         ({"type": "text"}, None),
         ({"type": "json_object"}, GrammarSpec("json_object")),
+        ({"type": "json_object", "value": {}}, GrammarSpec("json_schema", "{}")),
         (
             {
                 "type": "json_schema",
