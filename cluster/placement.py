@@ -60,11 +60,6 @@ class Placement:
     workers: tuple[WorkerInfo, ...]
     table: Table
 
-    def holder(self, layer: int, expert_id: int) -> int:
-        """Index of the worker to ask."""
-        (worker,) = self.table[layer][expert_id][0]
-        return worker
-
     @property
     def num_missing(self) -> int:
         """Experts that nobody holds now."""

@@ -15,6 +15,7 @@ from cluster.head.dispatch import RemoteExperts
 from cluster.head.feed import PlacementFeed
 from cluster.head.probe import pass_through_every_expert
 from cluster.head.stream import WorkerStream
+from cluster.placement import held_by
 from model import TINY, Mixtral
 from model.experts import Assignments, Experts, LocalExperts
 from model.sampling_params import SamplingParams
@@ -81,8 +82,9 @@ def test_workers_may_hold_their_experts_in_different_forms(
     experts = remote_experts(feed, checkpoint)
     mixed = LocalExperts(
         {
-            unit: each[placement.holder(unit.layer, unit.expert_id)].load_unit(unit)
-            for unit in mixtral.config.expert_units
+            unit: each[worker].load_unit(unit)
+            for worker in range(2)
+            for unit in held_by(placement.table, worker)
         }
     )
     try:

@@ -86,15 +86,13 @@ def test_held_by_is_the_inverse_of_the_table(
     }
 
 
-def test_a_placement_names_the_worker_to_ask() -> None:
+def test_a_worker_counts_the_copies_that_it_holds() -> None:
     workers = tuple(WorkerInfo(f"worker-{i}", f"127.0.0.1:{i}", i, 300) for i in range(2))
 
     def one(worker: int) -> tuple[Copy, ...]:
         return ((worker,),)
 
     placement = Placement(1, workers, ((one(0), one(1), one(1)), (((1,), (0,)), one(0), one(1))))
-    assert [placement.holder(0, expert_id) for expert_id in range(3)] == [0, 1, 1]
-    assert placement.holder(1, 0) == 1
     assert [placement.num_experts_of(worker) for worker in range(2)] == [3, 4]
 
 
