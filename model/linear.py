@@ -16,7 +16,7 @@ _IS_NATIVE = {
 }
 """Whether this CPU multiplies matrices of that dtype."""
 
-_DENSE_ROWS_PER_THREAD = 6
+_DENSE_ROWS_PER_THREAD = 4
 """From so many rows on, multiplying in float32 repays making every weight one; measured on AVX2."""
 
 _OUTPUTS_AT_ONCE = 256
@@ -73,9 +73,10 @@ def widened_linear(x_RI: Tensor, num_outputs: int, weights: Callable[[slice], Te
 
     weights: the rows (outputs) of the matrix that a slice names, float32.
     """
-    product_RO = x_RI.new_empty(len(x_RI), num_outputs)
-    wide_RI = x_RI.float()
+    wide_IR = x_RI.float().t()
+    # the weights on the left: torch's float32 product is up to twice as fast with few rows so
+    product_OR = wide_IR.new_empty(num_outputs, len(x_RI))
     for begin in range(0, num_outputs, _OUTPUTS_AT_ONCE):
         outputs = slice(begin, begin + _OUTPUTS_AT_ONCE)
-        product_RO[:, outputs] = F.linear(wide_RI, weights(outputs))
-    return product_RO
+        torch.mm(weights(outputs), wide_IR, out=product_OR[outputs])
+    return product_OR.t().to(x_RI.dtype, memory_format=torch.contiguous_format)

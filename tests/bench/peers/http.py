@@ -13,6 +13,8 @@ from tests.bench.peers.errors import PeerError
 from tests.bench.peers.plan import Measured, Plan, Row
 from tests.bench.peers.processes import Command, run, wait_until, watched
 
+WARMUP_REQUESTS = 2
+
 
 def measure(engine: Engine, plan: Plan, precision: str, scratch: Path, limit_s: float) -> Measured:
     """Start the engine's server, load it, stop it. Raises PeerError."""
@@ -27,7 +29,7 @@ def measure(engine: Engine, plan: Plan, precision: str, scratch: Path, limit_s: 
         result = scratch / "http.json"
         arguments = [sys.executable, "-m", "cluster.cli", "bench", "http", "--url", url]
         arguments += ["--model", "bench", "--concurrency", str(plan.callers)]
-        arguments += ["--requests", str(plan.requests), "--warmup", str(plan.callers)]
+        arguments += ["--requests", str(plan.requests), "--warmup", str(WARMUP_REQUESTS)]
         arguments += ["--input-tokens", str(plan.input_tokens), "--vocab-size", "32000"]
         arguments += ["--output-tokens", str(plan.output_tokens), "--json", str(result)]
         run(Command(arguments), scratch / "client.log", limit_s)

@@ -16,17 +16,17 @@ class Plan:
     """Sequences that are decoded at a time."""
     prefill: tuple[int, ...] = (512, 2048)
     """Lengths of prompts that are computed, one at a time."""
-    prompt_tokens: int = 32
+    prompt_tokens: int = 8
     """Of every sequence that is decoded."""
     new_tokens: int = 8
     """Of every sequence that is decoded, after the first."""
     callers: int = 16
     """Streams over HTTP at a time."""
-    requests: int = 32
+    requests: int = 16
     """Over HTTP, all callers together."""
     input_tokens: int = 32
     """Of a request over HTTP."""
-    output_tokens: int = 32
+    output_tokens: int = 16
     """Of a request over HTTP."""
     threads: int = 2
     """Cores of the machine."""
