@@ -28,7 +28,7 @@ from torch import Tensor
 from model.config import MixtralConfig
 from model.errors import CheckpointError, QuantizationError
 from model.experts import ExpertWeights
-from model.linear import Matrix, Weight
+from model.linear import Matrix
 from model.quantize import (
     check_parts,
     cut,
@@ -142,13 +142,15 @@ def save_quantized(
         quantized_parts = ("experts", "attention") if attention_mode else ("experts",)
         _write_dense(source, target, quantized_parts, on_bytes)
         for layer in range(source.config.num_hidden_layers):
+            prefix = f"model.layers.{layer}"
             if attention_mode is not None:
-                wqkv, wo = source.load_attention(layer)
-                weights = {"wqkv": wqkv, "wo": wo}
+                q, k, v, o = (f"{prefix}.self_attn.{name}_proj.weight" for name in "qkvo")
+                weights = {"wqkv": source.load_tensor(q, k, v), "wo": source.load_tensor(o)}
                 on_bytes(_write_parts(target / _attention_file(layer), weights, attention_mode))
             for expert_id in range(source.config.num_local_experts):
-                expert = source.load_expert(layer, expert_id)
-                weights = {"w13": expert.w13_2FD, "w2": expert.w2_DF}
+                expert = f"{prefix}.block_sparse_moe.experts.{expert_id}"
+                w1, w2, w3 = (f"{expert}.{name}.weight" for name in ("w1", "w2", "w3"))
+                weights = {"w13": source.load_tensor(w1, w3), "w2": source.load_tensor(w2)}
                 on_bytes(_write_parts(target / _expert_file(layer, expert_id), weights, mode))
         marker = {
             "format": FORMAT,
@@ -190,11 +192,10 @@ def _attention_file(layer: int) -> str:
     return f"attention-{layer:03}.safetensors"
 
 
-def _write_parts(file: Path, weights: Mapping[str, Weight], mode: str) -> int:
+def _write_parts(file: Path, weights: Mapping[str, Tensor], mode: str) -> int:
     """Write all parts of these matrices; returns their bytes."""
     parts: dict[str, Tensor] = {}
     for name, weight in weights.items():
-        assert isinstance(weight, Tensor), "save_quantized has looked"
         for part, tensor in quantize(weight, mode).items():
             parts[f"{name}.{part}"] = tensor.cpu().contiguous()
     save_file(parts, file)

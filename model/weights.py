@@ -17,6 +17,7 @@ from model.errors import CheckpointError, ConfigError, QuantizationError
 from model.experts import ExpertWeights
 from model.labels import ARCHITECTURE
 from model.linear import Weight
+from model.packed_half import packed_if_faster
 from model.quantize import cut, matrix, quantize, quantized, require
 from model.quantized_copy import QuantizedCopy, attention_bytes, expert_bytes
 from model.tensor_files import StoredTensor, WeightFile, WeightFiles
@@ -63,7 +64,7 @@ class DecoderWeights:
     embedding_VD: Tensor
     layers: tuple[LayerWeights, ...]
     final_norm_D: Tensor
-    lm_head_VD: Tensor
+    lm_head_VD: Weight
     """Of a sequence classifier: its score head, with a row for each label."""
 
 
@@ -157,7 +158,7 @@ class Checkpoint:
             )
         embedding_VD = load("model.embed_tokens.weight")
         head = layouts.head_name(config)
-        lm_head_VD = load(head) if head else embedding_VD
+        lm_head_VD = packed_if_faster(load(head)) if head else embedding_VD
         final_norm_D = load("model.norm.weight")
         return DecoderWeights(embedding_VD, tuple(layers), final_norm_D, lm_head_VD)
 
@@ -196,7 +197,8 @@ class Checkpoint:
         if unit.num_slices == 1:
             return ExpertWeights(w13_2FD, self._load_matrix((w2,), mode, on_bytes))
         if mode is None:
-            return ExpertWeights(w13_2FD, self._load((w2.columns(begin, end),), on_bytes))
+            w2_DF = self._load_matrix((w2.columns(begin, end),), mode, on_bytes)
+            return ExpertWeights(w13_2FD, w2_DF)
         whole = self._load((w2,), ignore_bytes)
         parts = cut(
             quantize(whole, mode), mode, (w2.shape[0], w2.shape[1]), axis=1, begin=begin, end=end
@@ -236,14 +238,14 @@ class Checkpoint:
         """Several experts or slices."""
         return {unit: self.load_unit(unit, on_bytes) for unit in units}
 
-    def load_tensor(self, name: str) -> Tensor:
-        """One tensor by its name in the per-expert layout. Raises CheckpointError."""
-        return self._load((self.sources[name],), ignore_bytes)
+    def load_tensor(self, *names: str) -> Tensor:
+        """What the per-expert layout calls so, dense, stacked. Raises CheckpointError."""
+        return self._load(tuple(self.sources[name] for name in names), ignore_bytes)
 
     def _load_matrix(self, sources: Sources, mode: str | None, on_bytes: OnBytes) -> Weight:
-        """These as one matrix, quantised before the next is read."""
+        """These as one matrix, packed or quantised before the next is read."""
         if mode is None:
-            return self._load(sources, on_bytes)
+            return packed_if_faster(self._load(sources, on_bytes))
         weight = quantized(self._load(sources, ignore_bytes), mode)
         on_bytes(weight.nbytes)
         return weight

@@ -1,0 +1,68 @@
+"""Half-precision weights for a processor that only multiplies float32.
+
+torch widens every weight for every few rows anew there. FBGEMM, which torch carries for x86, keeps
+float16 weights in the order in which its kernel reads them and widens them in registers: 14336 x
+4096 in 6 ms for up to six rows on two threads, where torch needs 6.5 ms a row
+(tests/bench/RESULTS.md). Packing takes about 13 ns a weight, once.
+
+bfloat16 weights lose nothing that matters as float16: its precision is higher, and what lies below
+its range (2**-24) does not show beside a matrix's larger weights. Matrices of which that is not
+true are left as they are.
+
+Shape suffixes: R rows, I inputs, O outputs.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.linear import Weight, multiplies
+
+_HAS_FBGEMM = torch.backends.quantized.engine in ("x86", "fbgemm")
+
+_MIN_WEIGHTS = 2**20
+"""Smaller matrices stay in the processor's cache, however they are held."""
+
+_LARGEST_MIN = 2.0**-8
+"""The largest weight is at least this: what float16 rounds off is then below 2**-17 of it."""
+
+
+@dataclass(frozen=True)
+class PackedHalfMatrix:
+    """A weight matrix (outputs, inputs) in float16, in FBGEMM's order."""
+
+    packed: Any
+    """torch's opaque object."""
+    num_outputs: int
+    num_inputs: int
+
+    @property
+    def nbytes(self) -> int:
+        return 2 * self.num_outputs * self.num_inputs
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The sum of each output's weights: the packed ones cannot be looked at."""
+        return (self.linear(torch.ones(1, self.num_inputs)),)
+
+    def linear(self, x_RI: Tensor) -> Tensor:
+        product_RO: Tensor = torch.ops.quantized.linear_dynamic_fp16(x_RI.float(), self.packed)
+        return product_RO.to(x_RI.dtype)
+
+
+def packed_if_faster(weight_OI: Tensor) -> Weight:
+    """The same weights, packed where this processor multiplies them faster so."""
+    if (
+        not _HAS_FBGEMM
+        or weight_OI.device.type != "cpu"
+        or multiplies(weight_OI.dtype)
+        or weight_OI.numel() < _MIN_WEIGHTS
+    ):
+        return weight_OI
+    low, high = (float(extreme) for extreme in weight_OI.aminmax())
+    if not _LARGEST_MIN <= max(-low, high) <= torch.finfo(torch.float16).max:
+        return weight_OI
+    packed = torch.ops.quantized.linear_prepack_fp16(weight_OI.float(), None)
+    return PackedHalfMatrix(packed, *weight_OI.shape)
