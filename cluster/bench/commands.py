@@ -151,6 +151,9 @@ def engine(
     worker_threads: Annotated[
         int | None, typer.Option(min=1, help="Compute threads of each worker; as many as here.")
     ] = None,
+    slices: Annotated[
+        int, typer.Option(min=1, help="Workers that each expert is cut over; divides --workers.")
+    ] = 1,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds, after one that warms up.")] = 5,
     profile: Annotated[
         bool, typer.Option("--profile", help="Show where a step's time goes, by part.")
@@ -175,6 +178,7 @@ def engine(
             num_threads=threads,
             worker_threads=worker_threads or threads,
             workers=_integers(workers, least=0),
+            num_slices=slices,
             sequences=_integers(sequences),
             prefill=_integers(prefill),
             prompt_tokens=prompt_tokens,

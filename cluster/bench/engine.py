@@ -51,6 +51,8 @@ class EnginePlan:
     """Of each worker."""
     workers: Sequence[int]
     """Numbers of workers to compare; 0: experts in this process."""
+    num_slices: int
+    """Workers that each expert is cut over."""
     sequences: Sequence[int]
     """To decode at a time."""
     prefill: Sequence[int]
@@ -201,6 +203,7 @@ def _experts(
         num_experts=config.num_local_experts,
         expert_bytes=[checkpoint.expert_bytes] * num_workers,
         budgets=[None] * num_workers,
+        num_slices=wanted.num_slices,
     )
     makers = makers_for(
         wanted.folder,
