@@ -97,9 +97,11 @@ class Loader:
                 weights, digest = self._load(unit)
                 self._take(unit, weights, digest, checksum(weights))
             except Exception as error:
-                # The loader's last word: the controller reads it from the next report.
                 logger.exception("loading %s failed", unit)
                 with self._lock:
+                    if unit not in self._wanted:
+                        continue
+                    # The loader's last word: the controller reads it from the next report.
                     self.error = f"{type(error).__name__}: {error}"
                     self._thread = None
                 return

@@ -80,6 +80,20 @@ def test_what_is_no_longer_wanted_when_it_arrives_is_not_kept(
     assert held.keys() == {B}
 
 
+def test_a_failure_to_load_what_is_no_longer_wanted_stops_nothing(
+    loader: Loader, disk: Disk, held: dict[Unit, ExpertWeights]
+) -> None:
+    def fail(unit: Unit) -> None:
+        if unit == A:
+            loader.hold([B], {})
+            raise OSError("the disk is broken there")
+
+    disk.before_read = fail
+    loader.hold([A], {})
+    assert settled(loader).error is None
+    assert held.keys() == {B}
+
+
 def test_a_unit_that_is_not_what_was_loaded_first_is_refused_with_both_digests(
     loader: Loader, disk: Disk, held: dict[Unit, ExpertWeights]
 ) -> None:
