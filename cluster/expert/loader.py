@@ -72,8 +72,9 @@ class Loader:
 
     def drop_if_damaged(self, unit: Unit) -> bool:
         """Drop a unit and load it again if it is no longer what was loaded; says whether it was."""
-        weights = self._held.get(unit)
-        if weights is None or checksum(weights) == self._checksums.get(unit):
+        with self._lock:
+            weights, as_loaded = self._held.get(unit), self._checksums.get(unit)
+        if weights is None or checksum(weights) == as_loaded:
             return False
         with self._lock:
             if self._held.get(unit) is weights:
