@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 
 from cluster.errors import ManifestError
-from cluster.manifest import FILE
+from cluster.manifest import CACHE, FILE
 from model.experts import ExpertWeights, checksum
 from model.units import Unit
 
@@ -125,8 +125,9 @@ class Loader:
                 raise ManifestError(
                     f"{unit}, read from {', '.join(map(str, self._files_of(unit)))}, has the "
                     f"digest {digest[:16]}, the manifest says {expected[:16]}: the file is damaged "
-                    f"or was replaced since the first load; restore it, or delete the manifest "
-                    f"({FILE}) if the checkpoint is meant to be another"
+                    f"or was replaced since the first load; restore it, or, if the checkpoint is "
+                    f"meant to be another, stop the service, delete the manifest ({FILE} beside "
+                    f"it, or the one in {CACHE} of the controller's host) and start again"
                 )
             if unit in self._wanted:
                 self._digests[unit], self._checksums[unit] = digest, as_held

@@ -12,7 +12,7 @@ from cluster.errors import ManifestError
 from cluster.expert import loader as loader_module
 from cluster.expert.batcher import Batcher, NotHeldError
 from cluster.expert.loader import Loader
-from cluster.manifest import FILE, Manifest
+from cluster.manifest import CACHE, FILE, Manifest
 from cluster.metrics import WorkerMetrics
 from model.experts import Assignments, ExpertWeights, checksum
 from model.tensor_files import digested
@@ -106,6 +106,8 @@ def test_a_unit_that_is_not_what_was_loaded_first_is_refused_with_both_digests(
         "tiny/first.safetensors",
         "digest b,",
         "another",
+        "stop the service",
+        str(CACHE),
     ):
         assert part in str(loader.error)
     assert held.keys() == {A}
