@@ -11,7 +11,6 @@ import secrets
 import time
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 
 from ray import serve
 
@@ -20,7 +19,7 @@ from cluster.config import ServeConfig
 from cluster.errors import MaestraleError
 from cluster.follow import WATCH_S, HeadReport
 from cluster.living import Change, LivingPlacement, Sizes
-from cluster.manifest import Manifest
+from cluster.manifest import CACHE, Manifest
 from cluster.placement import ClusterView, HeadInfo
 from cluster.schema import Move, Rebalancing
 from model.errors import ModelError
@@ -38,9 +37,6 @@ HEAD_SILENT_AFTER_S = 6 * WATCH_S
 
 REBALANCE_EVERY_S = 30.0
 """How often it is asked whether another placement would pay."""
-
-CACHE = Path("~/.cache/maestrale/manifests")
-"""For manifests of checkpoints whose folder cannot be written."""
 
 
 class Controller:

@@ -19,6 +19,9 @@ logger = logging.getLogger(__name__)
 
 FILE = "maestrale-manifest.json"
 
+CACHE = Path("~/.cache/maestrale/manifests")
+"""For manifests of checkpoints whose folder cannot be written."""
+
 _FORMAT = "sha256 of the stored bytes, 1"
 
 

@@ -245,9 +245,14 @@ def describe(error: grpc.RpcError) -> str:
 
 
 async def scrape(address: str, service: str, security: Security = LOOPBACK_ONLY) -> str:
-    """A peer's metrics as text; empty when it does not answer."""
+    """A peer's metrics as text; empty when it does not answer, or we cannot show who we are."""
     role: Role = "head" if service == HEAD_SERVICE else "worker"
-    async with new_aio_channel(address, security, role) as channel:
+    try:
+        channel = new_aio_channel(address, security, role)
+    except ConfigurationError as error:  # certificates are being renewed
+        logger.warning("no metrics from %s: %s", address, error)
+        return ""
+    async with channel:
         call = channel.unary_unary(
             f"/{service}/Metrics",
             request_serializer=peer_pb2.MetricsRequest.SerializeToString,

@@ -2,7 +2,7 @@
 
 import multiprocessing
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -73,8 +73,8 @@ def _serve_head(connection: Connection) -> None:
     server.stop(None).wait()
 
 
-def _stop_with(connection: Connection, stop: object) -> None:
+def _stop_with(connection: Connection, stop: Callable[[], None]) -> None:
     try:
         connection.recv()
     except EOFError:
-        stop()  # type: ignore[operator]
+        stop()

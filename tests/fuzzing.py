@@ -16,7 +16,7 @@ import torch
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import DecodeError, Message
 
-from cluster import rpc, wire
+from cluster import PROTOCOL_VERSION, rpc, wire
 from cluster.wire import Call
 from model.config import MixtralConfig
 from model.experts import Assignments
@@ -233,9 +233,14 @@ def fuzz_door(
     hello = channel.unary_unary(f"/{service}/Hello")
     num_hellos = round(number * HELLO_SHARE)
     for _ in range(num_hellos):
-        request = peer_pb2.HelloRequest(protocol=2, build="1", peer="p", fingerprint="f")
-        with suppress(grpc.RpcError):
+        request = peer_pb2.HelloRequest(
+            protocol=PROTOCOL_VERSION, build="1", peer="p", fingerprint="f"
+        )
+        try:
             hello(fuzzed(rng, request), timeout=DEADLINE_S)
+        except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                raise AssertionError("a handshake hangs") from error
     num_raw = max(1, round(number * PORT_SHARE))
     host, port = address.rsplit(":", 1)
     for _ in range(num_raw):

@@ -112,21 +112,31 @@ class Batcher:
         return taken
 
     def _run(self, jobs: list[_Job]) -> None:
-        """Compute jobs of one layer together. The compute lock is held."""
-        started = time.perf_counter()
+        """Compute jobs of one layer together, or each alone if that fails. Holds the compute lock.
+
+        What one of them asks for, or what they take together, is not the others' fault.
+        """
         try:
-            with torch.inference_mode():
-                x_RD, assignments = join(jobs)
-                try:
-                    held = {unit: self.held[unit] for unit, _ in assignments.counts}
-                except KeyError as error:
-                    raise NotHeldError(f"dropped while the call waited: {error}") from error
-                sums_RD = weighted_sums(held, x_RD, assignments)
-        except Exception as error:
-            # Also out of memory: the callers get it as their answer, the worker goes on.
-            for job in jobs:
-                job.error, job.done = error, True
+            self._run_together(jobs)
             return
+        except Exception as error:
+            if len(jobs) == 1:
+                # Also out of memory: the caller gets it as its answer, the worker goes on.
+                jobs[0].error, jobs[0].done = error, True
+                return
+        for job in jobs:
+            self._run([job])
+
+    def _run_together(self, jobs: list[_Job]) -> None:
+        """Compute jobs of one layer in one pass; raises what goes wrong."""
+        started = time.perf_counter()
+        with torch.inference_mode():
+            x_RD, assignments = join(jobs)
+            try:
+                held = {unit: self.held[unit] for unit, _ in assignments.counts}
+            except KeyError as error:
+                raise NotHeldError(f"dropped while the call waited: {error}") from error
+            sums_RD = weighted_sums(held, x_RD, assignments)
         begin = 0
         for job in jobs:
             job.sums_RD = sums_RD[begin : begin + len(job.x_RD)]

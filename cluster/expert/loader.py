@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 
 from cluster.errors import ManifestError
-from cluster.manifest import FILE
+from cluster.manifest import CACHE, FILE
 from model.experts import ExpertWeights, checksum
 from model.units import Unit
 
@@ -72,8 +72,9 @@ class Loader:
 
     def drop_if_damaged(self, unit: Unit) -> bool:
         """Drop a unit and load it again if it is no longer what was loaded; says whether it was."""
-        weights = self._held.get(unit)
-        if weights is None or checksum(weights) == self._checksums.get(unit):
+        with self._lock:
+            weights, as_loaded = self._held.get(unit), self._checksums.get(unit)
+        if weights is None or checksum(weights) == as_loaded:
             return False
         with self._lock:
             if self._held.get(unit) is weights:
@@ -97,9 +98,11 @@ class Loader:
                 weights, digest = self._load(unit)
                 self._take(unit, weights, digest, checksum(weights))
             except Exception as error:
-                # The loader's last word: the controller reads it from the next report.
                 logger.exception("loading %s failed", unit)
                 with self._lock:
+                    if unit not in self._wanted:
+                        continue
+                    # The loader's last word: the controller reads it from the next report.
                     self.error = f"{type(error).__name__}: {error}"
                     self._thread = None
                 return
@@ -122,8 +125,9 @@ class Loader:
                 raise ManifestError(
                     f"{unit}, read from {', '.join(map(str, self._files_of(unit)))}, has the "
                     f"digest {digest[:16]}, the manifest says {expected[:16]}: the file is damaged "
-                    f"or was replaced since the first load; restore it, or delete the manifest "
-                    f"({FILE}) if the checkpoint is meant to be another"
+                    f"or was replaced since the first load; restore it, or, if the checkpoint is "
+                    f"meant to be another, stop the service, delete the manifest ({FILE} beside "
+                    f"it, or the one in {CACHE} of the controller's host) and start again"
                 )
             if unit in self._wanted:
                 self._digests[unit], self._checksums[unit] = digest, as_held

@@ -12,7 +12,7 @@ from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from functools import partial
 
 from cluster import rpc
-from cluster.errors import HeadUnavailableError
+from cluster.errors import ConfigurationError, HeadUnavailableError
 from cluster.ingress.choice import block_keys, cost
 from cluster.ingress.connection import HeadConnection, OpenChannel
 from cluster.ingress.journal import Journal
@@ -206,18 +206,28 @@ class HeadPool:
                 task = asyncio.create_task(connection.close())
                 self._closing.add(task)
                 task.add_done_callback(self._closing.discard)
-                self._resting.add(head)
-                rest_s = RECONNECT_S if connection.load else UNREACHABLE_S
-                asyncio.get_running_loop().call_later(rest_s, self._rested, head)
+                self._rest(head, RECONNECT_S if connection.load else UNREACHABLE_S)
         for head in self._heads:
             if head not in self._connections and head not in self._resting:
-                self._connections[head] = HeadConnection(
-                    head,
-                    self._identity,
-                    silent_after_s=self._silent_after_s,
-                    on_change=self._on_change,
-                    open_channel=self._open_channel,
-                )
+                self._connect(head)
+
+    def _connect(self, head: HeadInfo) -> None:
+        try:
+            self._connections[head] = HeadConnection(
+                head,
+                self._identity,
+                silent_after_s=self._silent_after_s,
+                on_change=self._on_change,
+                open_channel=self._open_channel,
+            )
+        except ConfigurationError as error:
+            # Certificates are being renewed; whoever brought the news of this head goes on.
+            logger.warning("%s is called again soon: %s", head.name, error)
+            self._rest(head, UNREACHABLE_S)
+
+    def _rest(self, head: HeadInfo, seconds: float) -> None:
+        self._resting.add(head)
+        asyncio.get_running_loop().call_later(seconds, self._rested, head)
 
     def _rested(self, head: HeadInfo) -> None:
         self._resting.discard(head)

@@ -61,10 +61,12 @@ def soak(
     alone = [mixtral.generate(prompt, max_tokens=MAX_TOKENS) for prompt in asked]
     is_over = threading.Event()
     with service.client() as client, ThreadPoolExecutor(NUM_STREAMS) as pool:
-        with faults.killing(pick, every_s) as killed:
-            running = [pool.submit(tell_until, client, prompt, is_over) for prompt in asked]
-            time.sleep(DURATION_S)
-        is_over.set()
+        try:
+            with faults.killing(pick, every_s) as killed:
+                running = [pool.submit(tell_until, client, prompt, is_over) for prompt in asked]
+                time.sleep(DURATION_S)
+        finally:
+            is_over.set()  # else the pool would wait for its streams for ever
         stories = [each.result() for each in running]
         replays = counted(client, "maestrale_replays_total")
     gaps_s = [gap for own in stories for story in own for gap in story.gaps_s]

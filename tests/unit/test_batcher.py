@@ -289,6 +289,35 @@ def test_a_failing_computation_reaches_exactly_its_callers(
             torch.testing.assert_close(caller.sums_RD, alone(weights, call))
 
 
+class Dropping(Held):
+    """Loses a unit while the first computation goes on."""
+
+    def __init__(self, weights: Mapping[Unit, ExpertWeights], lost: Unit) -> None:
+        super().__init__(weights)
+        self._lost = lost
+
+    def __getitem__(self, unit: Unit) -> ExpertWeights:
+        found = super().__getitem__(unit)
+        self.pop(self._lost, None)
+        return found
+
+
+def test_an_expert_dropped_meanwhile_costs_only_the_calls_that_want_it(
+    weights: dict[Unit, ExpertWeights],
+) -> None:
+    one_expert = Assignments(((Unit(1, 0), 2),), torch.tensor([0, 1]), torch.ones(2))
+    calls = [
+        call_of(1, seed=0),
+        call_of(2, layer=1, seed=1, top_k=NUM_EXPERTS),
+        (1, random_rows(2, HIDDEN, seed=2), one_expert),
+    ]
+    _, wants_it, other = pile_up(Dropping(weights, Unit(1, 3)), Passes(), calls)
+    assert isinstance(wants_it.error, NotHeldError)
+    assert other.error is None
+    assert other.sums_RD is not None
+    torch.testing.assert_close(other.sums_RD, alone(weights, calls[2]), rtol=0, atol=0)
+
+
 def test_after_a_failure_the_next_call_is_computed(
     weights: dict[Unit, ExpertWeights],
 ) -> None:

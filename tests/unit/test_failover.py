@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.errors import HeadFailedError, HeadUnavailableError
+from cluster.errors import ConfigurationError, HeadFailedError, HeadUnavailableError
 from cluster.ingress.choice import BLOCK_TOKENS
 from cluster.ingress.heads import HeadPool
 from cluster.ingress.journal import Journal
@@ -140,6 +140,31 @@ def test_a_head_that_only_lost_its_connection_is_called_again() -> None:
         await until(lambda: not head.is_up)
         head.is_up, head.die_after = True, None
         assert await task == expected(asked)
+        await pool.close()
+
+    run(scenario())
+
+
+def test_a_head_is_called_again_when_our_certificates_could_not_be_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As while they are renewed; the news of heads must not end there."""
+    monkeypatch.setattr("cluster.ingress.heads.UNREACHABLE_S", 0.0)
+
+    class Renewing(Network):
+        num_calls = 0
+
+        def open_channel(self, address: str) -> Any:
+            self.num_calls += 1
+            if self.num_calls == 1:
+                raise ConfigurationError("cannot read ingress.pem")
+            return super().open_channel(address)
+
+    async def scenario() -> None:
+        asked = journal()
+        pool = Renewing(FakeHead("one"), FakeHead("other")).pool()
+        assert await told(pool, asked) == expected(asked)
+        await until(lambda: pool.num_ready == 2)
         await pool.close()
 
     run(scenario())

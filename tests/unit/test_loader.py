@@ -9,14 +9,16 @@ import pytest
 import torch
 
 from cluster.errors import ManifestError
+from cluster.expert import loader as loader_module
 from cluster.expert.batcher import Batcher, NotHeldError
 from cluster.expert.loader import Loader
-from cluster.manifest import FILE, Manifest
+from cluster.manifest import CACHE, FILE, Manifest
 from cluster.metrics import WorkerMetrics
-from model.experts import Assignments, ExpertWeights
+from model.experts import Assignments, ExpertWeights, checksum
 from model.tensor_files import digested
 from model.units import Unit
 from model.weights import Checkpoint
+from tests.faults import corrupt
 
 A, B, C = Unit(0, 0), Unit(0, 1), Unit(1, 0)
 
@@ -80,6 +82,20 @@ def test_what_is_no_longer_wanted_when_it_arrives_is_not_kept(
     assert held.keys() == {B}
 
 
+def test_a_failure_to_load_what_is_no_longer_wanted_stops_nothing(
+    loader: Loader, disk: Disk, held: dict[Unit, ExpertWeights]
+) -> None:
+    def fail(unit: Unit) -> None:
+        if unit == A:
+            loader.hold([B], {})
+            raise OSError("the disk is broken there")
+
+    disk.before_read = fail
+    loader.hold([A], {})
+    assert settled(loader).error is None
+    assert held.keys() == {B}
+
+
 def test_a_unit_that_is_not_what_was_loaded_first_is_refused_with_both_digests(
     loader: Loader, disk: Disk, held: dict[Unit, ExpertWeights]
 ) -> None:
@@ -90,6 +106,8 @@ def test_a_unit_that_is_not_what_was_loaded_first_is_refused_with_both_digests(
         "tiny/first.safetensors",
         "digest b,",
         "another",
+        "stop the service",
+        str(CACHE),
     ):
         assert part in str(loader.error)
     assert held.keys() == {A}
@@ -105,6 +123,36 @@ def test_a_held_unit_that_proves_wrong_is_read_again(loader: Loader, disk: Disk)
     disk.digests[A] = "right"
     loader.hold([A], {A: "right"})
     assert settled(loader).digests == {A: "right"}
+
+
+def test_a_unit_that_has_changed_in_memory_is_dropped_and_read_again(
+    loader: Loader, disk: Disk, held: dict[Unit, ExpertWeights]
+) -> None:
+    loader.hold([A], {})
+    settled(loader)
+    assert not loader.drop_if_damaged(A)
+    damaged = held[A]
+    assert isinstance(damaged.w2_DF, torch.Tensor)
+    corrupt(damaged.w2_DF)
+    assert loader.drop_if_damaged(A)
+    assert settled(loader).digests == {A: "a"}
+    assert held[A] is not damaged
+    assert disk.read == [A, A]
+    assert not loader.drop_if_damaged(A)
+
+
+def test_a_sound_unit_that_is_dropped_while_it_is_looked_at_is_not_called_damaged(
+    loader: Loader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader.hold([A], {})
+    settled(loader)
+
+    def checksum_late(weights: ExpertWeights) -> int:
+        loader.hold([], {})
+        return checksum(weights)
+
+    monkeypatch.setattr(loader_module, "checksum", checksum_late)
+    assert not loader.drop_if_damaged(A)
 
 
 def test_a_call_whose_expert_is_dropped_while_it_waits_is_told_so() -> None:

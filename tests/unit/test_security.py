@@ -1,5 +1,6 @@
 """Who a process is: certificates made and checked, tokens read, loopback told from a network."""
 
+import asyncio
 import stat
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from cluster import rpc
 from cluster.certs import LIFETIME, Authority, write_certificates
 from cluster.cli import app
 from cluster.config import Network, ServeConfig, is_loopback
@@ -124,6 +126,16 @@ def test_a_ca_in_change_may_be_two(folder: Path) -> None:
     both = Authority.new(NOW).pem()[0] + (folder / "ca.pem").read_bytes()
     (folder / "ca.pem").write_bytes(both)
     assert load(folder).tls is not None
+
+
+def test_certificates_that_are_away_for_a_moment_cost_a_peers_metrics_only(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As when they are renewed: who asks for the metrics of all still gets the others'."""
+    security = load(folder, "ingress")
+    (folder / "ingress.pem").unlink()
+    assert asyncio.run(rpc.scrape("127.0.0.1:1", rpc.HEAD_SERVICE, security)) == ""
+    assert "no metrics from 127.0.0.1:1: cannot read" in caplog.text
 
 
 # --- tokens ---
