@@ -41,6 +41,7 @@ class Pipe:
 
     def __init__(self, connected: socket.socket, *, max_bytes: int) -> None:
         """max_bytes: of a message to take. Raises PermissionError for another user's peer."""
+        self._socket = connected  # before anything can fail: `__del__` closes it
         credentials = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         _, uid, _ = _CREDENTIALS.unpack(credentials)
         if uid != os.getuid():
@@ -49,7 +50,6 @@ class Pipe:
         connected.setblocking(False)
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             connected.setsockopt(socket.SOL_SOCKET, option, _BUFFER_BYTES)
-        self._socket = connected
         self._max_bytes = max_bytes
         self._poll = select.poll()
         self._poll.register(connected, select.POLLIN)

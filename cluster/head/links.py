@@ -103,6 +103,8 @@ class PipeLink:
         self._broken = ""
 
     def send(self, message: bytes, overdue_at: float) -> None:
+        if self._broken:  # perhaps in the middle of a message: what follows would be its rest
+            return
         try:
             self._pipe.send([message], _left_s(overdue_at))
         except (OSError, WireError) as error:

@@ -3,9 +3,10 @@
 import os
 import socket
 import struct
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 from hypothesis import given, settings
@@ -127,6 +128,18 @@ def test_another_users_process_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(os, "getuid", lambda: 12_345)
         with pytest.raises(PermissionError, match="12345"):
             connect(server)
+
+
+def test_a_refused_end_goes_without_a_complaint(monkeypatch: pytest.MonkeyPatch) -> None:
+    complaints: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", complaints.append)
+    monkeypatch.setattr(os, "getuid", lambda: 12_345)
+    ours, theirs = socket.socketpair()
+    with suppress(PermissionError):
+        Pipe(ours, max_bytes=MAX_BYTES)
+    assert theirs.recv(1) == b""
+    assert not complaints
+    theirs.close()
 
 
 def test_a_server_bounds_its_connections_and_takes_new_ones_for_old() -> None:
