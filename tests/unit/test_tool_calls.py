@@ -57,6 +57,7 @@ ANSWERS: list[tuple[str, str, Calls]] = [
     (f"{MARKER} is what I would write", f"{MARKER} is what I would write", []),
     (f"{MARKER} [{ONE[:20]}", f"{MARKER} [{ONE[:20]}", []),
     (f"{MARKER} [1, 2]", f"{MARKER} [1, 2]", []),
+    (f'{MARKER} [{{"name": ["time"]}}]', f'{MARKER} [{{"name": ["time"]}}]', []),
     (
         f'{MARKER} [{{"name": "unknown", "arguments": {{}}}}]',
         f'{MARKER} [{{"name": "unknown", "arguments": {{}}}}]',
