@@ -185,4 +185,5 @@ class CallReader:
         if not isinstance(arguments, dict):
             return None
         text = json.dumps(arguments, ensure_ascii=False)
+        text = text.encode(errors="backslashreplace").decode()  # half a pair stays an escape
         return CallDelta(0, id=new_call_id(), name=name, arguments=text)
