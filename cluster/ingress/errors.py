@@ -82,7 +82,7 @@ def error_response(error: Exception, path: str) -> JSONResponse:
 
 def install(app: FastAPI) -> None:
     """Answer the errors that we know this way. The unexpected ones are RequestLog's: what the
-    framework would do with those comes after the last middleware, where no request id is added.
+    framework would do with those comes after the last middleware, where no status is counted.
     """
 
     async def answer(request: Request, error: Exception) -> JSONResponse:

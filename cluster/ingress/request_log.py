@@ -1,12 +1,11 @@
-"""Per request: an id that the caller sees, a count and a time in the metrics, and an answer when
-nothing else gave one. ASGI middleware, the outermost of ours.
+"""Per request: a count and a time in the metrics, and an answer when nothing else gave one. ASGI
+middleware, the outermost of ours.
+
+The reply's X-Request-Id is not ours to give: Serve's proxy puts one on every reply.
 """
 
-import re
 import time
-import uuid
 
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.ingress.errors import error_response
@@ -14,16 +13,10 @@ from cluster.metrics import IngressMetrics
 
 HUNG_UP = 499
 """Status of a request whose caller was gone before it had one."""
-_SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
-
-
-def request_id_of(given: str | None) -> str:
-    """What a request is called: as its caller says, if that is sane."""
-    return given if given and _SANE_ID.fullmatch(given) else uuid.uuid4().hex
 
 
 class RequestLog:
-    """Gives every reply its X-Request-Id (the caller's own, if sane) and observes it."""
+    """Observes every request, and answers those that failed unexpectedly."""
 
     def __init__(self, app: ASGIApp, *, metrics: IngressMetrics) -> None:
         self._app = app
@@ -33,15 +26,12 @@ class RequestLog:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = request_id_of(Headers(scope=scope).get("x-request-id"))
         started = time.perf_counter()
         status = HUNG_UP  # what it stays when the caller does so before an answer
         is_gone = False
 
-        async def tagged(message: Message) -> None:
+        async def noted(message: Message) -> None:
             nonlocal status, is_gone
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["X-Request-Id"] = request_id
             try:
                 await send(message)
             except OSError:  # how ASGI says that the caller has hung up
@@ -51,13 +41,13 @@ class RequestLog:
                 status = message["status"]
 
         try:
-            await self._app(scope, receive, tagged)
+            await self._app(scope, receive, noted)
         except Exception as error:
             if is_gone:
                 return  # nobody is left to answer, and nothing is wrong
             if status != HUNG_UP:
                 raise  # the answer has begun: Serve can only break it off
-            await error_response(error, scope["path"])(scope, receive, tagged)
+            await error_response(error, scope["path"])(scope, receive, noted)
         finally:
             route = scope.get("route")  # unknown paths share one label
             endpoint = getattr(route, "path", "other")

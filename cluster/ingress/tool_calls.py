@@ -176,10 +176,14 @@ class CallReader:
 
     def _call(self, given: Any) -> CallDelta | None:
         """A whole call of what was read, or None if it is none."""
-        if not isinstance(given, dict) or given.get("name") not in self._rules.names:
+        if not isinstance(given, dict):
+            return None
+        name = given.get("name")
+        if not isinstance(name, str) or name not in self._rules.names:  # a list has no hash
             return None
         arguments = given.get("arguments", {})
         if not isinstance(arguments, dict):
             return None
         text = json.dumps(arguments, ensure_ascii=False)
-        return CallDelta(0, id=new_call_id(), name=given["name"], arguments=text)
+        text = text.encode(errors="backslashreplace").decode()  # half a pair stays an escape
+        return CallDelta(0, id=new_call_id(), name=name, arguments=text)

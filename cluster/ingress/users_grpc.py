@@ -6,7 +6,9 @@ It runs on the ASGI app's event loop, over the same Answerer: both doors share o
 
 import asyncio
 import logging
+import re
 import time
+import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
@@ -27,7 +29,7 @@ from cluster.ingress.clients import client_key
 from cluster.ingress.door import invalid
 from cluster.ingress.errors import as_request_error
 from cluster.ingress.prepare import Work
-from cluster.ingress.request_log import HUNG_UP, request_id_of
+from cluster.ingress.request_log import HUNG_UP
 from cluster.ingress.text import TextDelta
 from cluster.metrics import IngressMetrics
 from cluster.schema import ChatCompletionRequest, CompletionRequest, ModelRequest
@@ -44,6 +46,8 @@ DRAIN_S = 10.0
 
 HEALTH_PERIOD_S = 1.0
 """How often watchers of the health are told of a change."""
+
+_SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 _CODES = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
@@ -172,11 +176,11 @@ class UsersDoor(maestrale_pb2_grpc.MaestraleServicer):
         method: str,
         work_for: Callable[[Callable[[ModelRequest], str]], Work],
     ) -> None:
-        """One call, with what RequestLog does for HTTP: its id, and a line in the metrics."""
+        """One call, with its id, which over HTTP Serve gives, and a line in the metrics."""
         given = dict(context.invocation_metadata() or ())
         started, status = time.perf_counter(), HUNG_UP
         try:
-            request_id = request_id_of(given.get("x-request-id"))
+            request_id = _request_id_of(given.get("x-request-id"))
             await context.send_initial_metadata((("x-request-id", request_id),))
             key = key_in(given)
             refused = self._access.refusal(key, self._is_local)
@@ -263,6 +267,11 @@ class _Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # untyped
         else:
             status = health_pb2.HealthCheckResponse.NOT_SERVING
         return health_pb2.HealthCheckResponse(status=status)
+
+
+def _request_id_of(given: str | None) -> str:
+    """What a call is named: as its caller says, if that is sane."""
+    return given if given and _SANE_ID.fullmatch(given) else uuid.uuid4().hex
 
 
 def _host_of(address: str) -> str:

@@ -240,7 +240,30 @@ def test_a_bad_body_gets_one_clear_error(
     error = response.json()["error"]
     assert error["param"] == param
     assert error["message"]
-    assert response.headers["x-request-id"]
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        ({"prompt": PROMPT, "max_tokens": 2}, 200),
+        ({"prompt": PROMPT, "max_tokens": 2, "stream": True}, 200),
+        ({"prompt": ""}, 400),
+        ({"prompt": "", "stream": True}, 400),
+    ],
+    ids=["success", "stream", "error", "error of a stream"],
+)
+def test_a_reply_bears_one_request_id(
+    http: httpx.Client, body: dict[str, object], status: int
+) -> None:
+    """The caller's, or a fresh one."""
+    named = http.post("/v1/completions", json=body, headers={"X-Request-Id": "abc-1.2_Z"})
+    assert named.status_code == status
+    assert named.headers.get_list("x-request-id") == ["abc-1.2_Z"]
+    fresh = [http.post("/v1/completions", json=body) for _ in range(2)]
+    ids = [each.headers.get_list("x-request-id") for each in fresh]
+    assert [len(each) for each in ids] == [1, 1]
+    assert ids[0] != ids[1]
+    assert all(each[0] for each in ids)
 
 
 def test_invalid_json_and_oversized_bodies_are_refused(http: httpx.Client) -> None:

@@ -358,16 +358,25 @@ def test_a_call_in_progress_is_finished_when_the_door_closes(api: Api, tiny_fold
     assert asyncio.run(stop_meanwhile()) == " the wind"
 
 
-def test_a_reply_bears_the_callers_request_id(api: Api, call: Call) -> None:
-    async def ask(channel: grpc.aio.Channel) -> Any:
-        asked = Stub(channel).Generate(generate(), metadata=(("x-request-id", "mine-1"),))
-        metadata = await asked.initial_metadata()
-        async for _ in asked:
-            pass
-        return metadata["x-request-id"]
+async def named(channel: grpc.aio.Channel, request_id: str) -> str:
+    """How a call with this id is named in its reply."""
+    asked = Stub(channel).Generate(generate(), metadata=(("x-request-id", request_id),))
+    metadata = await asked.initial_metadata()
+    async for _ in asked:
+        pass
+    return str(metadata["x-request-id"])
 
-    assert call(ask) == "mine-1"
+
+def test_a_reply_bears_the_callers_request_id(api: Api, call: Call) -> None:
+    assert call(lambda channel: named(channel, "mine-1")) == "mine-1"
     assert api.num_requests(f"/{SERVICE}/Generate", 200) == 1
+
+
+@pytest.mark.parametrize("given", ["a b", "x" * 129, "<b>", 'a"b'])
+def test_a_request_id_that_is_not_sane_is_replaced(call: Call, given: str) -> None:
+    ids = {call(lambda channel: named(channel, given)) for _ in range(2)}
+    assert len(ids) == 2
+    assert all(each.isalnum() for each in ids)
 
 
 def test_the_health_is_that_of_the_service(api: Api, call: Call) -> None:

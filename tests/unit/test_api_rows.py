@@ -131,7 +131,7 @@ ROWS: dict[int, tuple[str, str]] = {
     57: ("a wrong content type", "test_row_57_a_body_of_another_type_is_refused"),
     60: ("many callers hang up", f"integration/test_service::{HANGING_UP}"),
     61: ("and nothing stays", f"integration/test_service::{HANGING_UP}"),
-    63: ("counts by status", "test_api::test_every_reply_bears_its_request_id_and_is_counted"),
+    63: ("counts by status", "test_api::test_every_reply_is_counted"),
     64: (
         "long validation errors",
         "test_api_refusals::test_a_validation_error_is_short_however_much_is_wrong",

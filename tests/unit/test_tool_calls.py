@@ -53,10 +53,16 @@ ANSWERS: list[tuple[str, str, Calls]] = [
     # in another order, without a list
     (f'{MARKER} {{"arguments": {{"a": 1}}, "name": "time"}}', "", [("time", '{"a": 1}')]),
     (f'{MARKER} [{{"name": "time"}}]', "", [("time", "{}")]),
+    (
+        f'{MARKER} {{"name": "time", "arguments": {{"a": "\\ud800é"}}}}',
+        "",
+        [("time", '{"a": "\\ud800é"}')],
+    ),
     # what is no call
     (f"{MARKER} is what I would write", f"{MARKER} is what I would write", []),
     (f"{MARKER} [{ONE[:20]}", f"{MARKER} [{ONE[:20]}", []),
     (f"{MARKER} [1, 2]", f"{MARKER} [1, 2]", []),
+    (f'{MARKER} [{{"name": ["time"]}}]', f'{MARKER} [{{"name": ["time"]}}]', []),
     (
         f'{MARKER} [{{"name": "unknown", "arguments": {{}}}}]',
         f'{MARKER} [{{"name": "unknown", "arguments": {{}}}}]',
