@@ -30,6 +30,7 @@ def plan(**fields: Any) -> EnginePlan:
         "num_threads": 1,
         "worker_threads": 1,
         "workers": [0],
+        "num_slices": 1,
         "sequences": [1, 3],
         "prefill": [20],
         "prompt_tokens": 5,

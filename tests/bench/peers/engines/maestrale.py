@@ -46,7 +46,9 @@ class Maestrale:
         worker_threads = max(1, plan.threads // max(1, self._num_workers))
         arguments = [sys.executable, "-m", "cluster.cli", "bench", "engine", "--rounds", "1"]
         arguments += ["--model", str(plan.checkpoint), "--dtype", "bfloat16"]
+        # each expert cut over all workers: on one machine they then compute, and read, at once
         arguments += ["--workers", str(self._num_workers)]
+        arguments += ["--slices", str(max(1, self._num_workers))]
         arguments += ["--threads", str(plan.threads), "--worker-threads", str(worker_threads)]
         arguments += ["--sequences", ",".join(map(str, plan.sequences))]
         arguments += ["--prefill", ",".join(map(str, plan.prefill))]
@@ -74,7 +76,7 @@ class Maestrale:
         arguments += ["--dtype", "bfloat16", "--served-model-name", "bench"]
         if precision != "bf16":
             arguments += ["--experts", self.precisions[precision]]
-        return Command(arguments), "/ready"
+        return Command(arguments, {"MAESTRALE_EXPERT_SLICES": str(self._num_workers)}), "/ready"
 
 
 def above_idle_bytes(memory: dict[str, Any]) -> int | None:
