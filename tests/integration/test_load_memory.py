@@ -12,21 +12,22 @@ from safetensors.torch import save_file
 
 from model import layouts
 from model.config import MixtralConfig
+from model.packed_half import PackedHalfMatrix, packed_if_faster
 from tests.fakes import small_config
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's own counters")
 
 CONFIG = small_config(
     vocab_size=2_048,
-    hidden_size=768,
+    hidden_size=1_024,
     intermediate_size=2_048,
     num_hidden_layers=2,
-    num_attention_heads=12,
+    num_attention_heads=16,
     num_key_value_heads=4,
     num_local_experts=8,
     torch_dtype="bfloat16",
 )
-ONE_TENSOR = 2 * 2_048 * 768 * 2
+ONE_TENSOR = 2 * 2_048 * 1_024 * 2
 """Bytes of the largest that is read at once: w1 and w3 of an expert."""
 
 ROUGH = ("int4", "nf4")
@@ -74,10 +75,10 @@ for options in json.loads(sys.argv[2]):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """170 MB in three files."""
+    """220 MB in three files."""
     folder = tmp_path_factory.mktemp("checkpoint")
     (folder / "config.json").write_text(json.dumps(CONFIG))
-    noise = torch.randn(2_048 * 768).bfloat16()
+    noise = torch.randn(2_048 * 1_024).bfloat16()
     needed = layouts.sources(MixtralConfig.from_dict(CONFIG), layouts.Layout.PER_EXPERT)
     weight_map = {}
     for shard in range(3):
@@ -116,6 +117,11 @@ def test_the_peak_is_at_most_a_tenth_and_one_tensor_above_what_is_kept(
     measured: list[tuple[int, int]], index: int
 ) -> None:
     peak_bytes, kept_bytes = measured[index]
+    # where half precision is packed, FBGEMM asks for it in float32
+    is_packed = not OPTIONS[index] and isinstance(
+        packed_if_faster(torch.ones(2_048, 1_024).bfloat16()), PackedHalfMatrix
+    )
+    allowed_bytes = ONE_TENSOR * (3 if is_packed else 1)
     assert kept_bytes >= 40e6  # else an allocator's noise would count
     assert peak_bytes >= 0.98 * kept_bytes  # else nothing was measured
-    assert peak_bytes <= 1.1 * kept_bytes + ONE_TENSOR
+    assert peak_bytes <= 1.1 * kept_bytes + allowed_bytes

@@ -1,5 +1,6 @@
 """Half-precision matrices in FBGEMM's order, for processors that only multiply float32."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ pytestmark = pytest.mark.skipif(not packed_half._HAS_FBGEMM, reason="torch has F
 def _no_native_half(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "_IS_NATIVE", dict.fromkeys(HALVES, False))
     monkeypatch.setattr(packed_half, "_MIN_WEIGHTS", 1)
+    monkeypatch.setattr(packed_half, "_MOST_FILLED", math.inf)
 
 
 def packed(weight: Tensor) -> PackedHalfMatrix:
@@ -44,7 +46,6 @@ def test_a_product_is_exact_to_the_rows_dtype(
     product_RO = linear.linear(x_RI, matrix)
     expected_RO = x_RI.double() @ weight_OI.double().T
     assert product_RO.dtype == dtype
-    assert matrix.nbytes == weight_OI.nbytes
     # one rounding to the rows' dtype, and float32's of a sum of num_inputs products
     torch.testing.assert_close(
         product_RO.double(), expected_RO, rtol=torch.finfo(dtype).eps, atol=1e-4
@@ -66,6 +67,15 @@ def test_what_is_not_faster_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(packed_half, "_MIN_WEIGHTS", 1)
     monkeypatch.setattr(linear, "_IS_NATIVE", dict.fromkeys(HALVES, True))
     assert packed_if_faster(half) is half
+
+
+def test_what_would_mostly_be_filling_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(linear, "_IS_NATIVE", dict.fromkeys(HALVES, False))
+    a_third_more = torch.ones(1400, 768, dtype=torch.bfloat16)
+    assert packed_if_faster(a_third_more) is a_third_more
+    slices = packed(torch.ones(1024, 1792, dtype=torch.bfloat16))
+    assert slices.nbytes == 2 * 1024 * 2048
 
 
 def test_any_other_weight_is_another_checksum() -> None:
