@@ -29,6 +29,10 @@ _BUFFER_BYTES = 4 * 2**20
 
 _STOP_GRACE_S = 2.0
 
+_SEND_TIMEOUT_S = 300.0
+"""For a reply. A peer may read its other workers' answers first, so this is far beyond what one of
+those may take (expert_timeout_s); one that is stopped must not hold its place for good."""
+
 _FIRST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 1.0
 """Before a connection is accepted again: each failure in a row doubles the pause. It is descriptors
@@ -225,9 +229,11 @@ class PipeServer:
     def _serve(self, pipe: Pipe) -> None:
         try:
             while True:
-                pipe.send(self._answer(pipe.receive()))
+                pipe.send(self._answer(pipe.receive()), _SEND_TIMEOUT_S)
         except WireError as error:
             logger.warning("ended a connection: %s", error)
+        except TimeoutError:
+            logger.warning("ended a connection: no reply was taken for %.0f s", _SEND_TIMEOUT_S)
         except OSError:
             pass  # the peer has hung up, or `stop` has
         finally:

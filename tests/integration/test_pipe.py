@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from queue import SimpleQueue
 
 import pytest
 from hypothesis import given, settings
@@ -229,6 +230,23 @@ def test_a_connection_that_can_have_no_thread_ends_alone(monkeypatch: pytest.Mon
         refused.close()
         assert not server._open
         assert_echoes(server)
+
+
+def test_a_peer_that_takes_no_reply_loses_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.pipe._SEND_TIMEOUT_S", 0.05)
+    threads: SimpleQueue[threading.Thread] = SimpleQueue()
+
+    def answer(message: bytearray) -> Sequence[Buffer]:
+        threads.put(threading.current_thread())
+        return [bytes(MAX_BYTES)]
+
+    with serving(answer) as server:
+        stopped = connect(server)
+        stopped.send([b"hello"], 5)
+        threads.get(timeout=5).join(10)
+        assert not server._open
+        with pytest.raises(ConnectionError):
+            stopped.receive(5)
 
 
 def test_a_stopped_server_has_hung_up_and_left_no_thread() -> None:
