@@ -29,6 +29,15 @@ _BUFFER_BYTES = 4 * 2**20
 
 _STOP_GRACE_S = 2.0
 
+_SEND_TIMEOUT_S = 300.0
+"""For a reply. A peer may read its other workers' answers first, so this is far beyond what one of
+those may take (expert_timeout_s); one that is stopped must not hold its place for good."""
+
+_FIRST_PAUSE_S = 0.05
+_LONGEST_PAUSE_S = 1.0
+"""Before a connection is accepted again: each failure in a row doubles the pause. It is descriptors
+or memory that lack, and trying at once would only keep the processor from whoever holds them."""
+
 Buffer = bytes | bytearray | memoryview
 
 
@@ -162,6 +171,7 @@ class PipeServer:
         self._answer = answer
         self._max_bytes = max_bytes
         self._max_connections = max_connections
+        self._is_stopped = threading.Event()
         self._lock = threading.Lock()
         self._open: dict[Pipe, threading.Thread] = {}
         self._socket = socket.socket(socket.AF_UNIX)
@@ -175,6 +185,7 @@ class PipeServer:
 
     def stop(self) -> None:
         """End all connections. An answer that is being computed is not waited for for long."""
+        self._is_stopped.set()
         with suppress(OSError):  # it is stopped already
             self._socket.shutdown(socket.SHUT_RDWR)
         self._accepting.join(_STOP_GRACE_S)
@@ -187,33 +198,42 @@ class PipeServer:
             thread.join(_STOP_GRACE_S)
 
     def _accept(self) -> None:
+        pause_s = _FIRST_PAUSE_S
         while True:
             try:
                 connected, _ = self._socket.accept()
-            except OSError:
-                return  # stopped
-            try:
-                pipe = Pipe(connected, max_bytes=self._max_bytes)
-            except PermissionError as error:
-                logger.warning("refused a connection: %s", error)
+            except OSError as error:
+                if self._is_stopped.is_set():
+                    return
+                logger.warning("no connection taken, again in %.2f s: %s", pause_s, error)
+                self._is_stopped.wait(pause_s)
+                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
                 continue
-            with self._lock:
-                if len(self._open) >= self._max_connections:
-                    logger.warning("refused a connection: %d are open", len(self._open))
-                    pipe.close()
-                    continue
-                thread = threading.Thread(
-                    target=self._serve, args=(pipe,), name="pipe", daemon=True
-                )
-                self._open[pipe] = thread
+            pause_s = _FIRST_PAUSE_S
+            try:
+                self._admit(connected)
+            except (OSError, RuntimeError) as error:
+                logger.warning("refused a connection: %s", error)
+                connected.close()
+
+    def _admit(self, connected: socket.socket) -> None:
+        """Serve a connection. Raises OSError, or RuntimeError when there can be no more threads."""
+        pipe = Pipe(connected, max_bytes=self._max_bytes)
+        thread = threading.Thread(target=self._serve, args=(pipe,), name="pipe", daemon=True)
+        with self._lock:  # until the entry is there, which the thread removes at its end
+            if len(self._open) >= self._max_connections:
+                raise ConnectionRefusedError(f"{len(self._open)} are open")
             thread.start()
+            self._open[pipe] = thread
 
     def _serve(self, pipe: Pipe) -> None:
         try:
             while True:
-                pipe.send(self._answer(pipe.receive()))
+                pipe.send(self._answer(pipe.receive()), _SEND_TIMEOUT_S)
         except WireError as error:
             logger.warning("ended a connection: %s", error)
+        except TimeoutError:
+            logger.warning("ended a connection: no reply was taken for %.0f s", _SEND_TIMEOUT_S)
         except OSError:
             pass  # the peer has hung up, or `stop` has
         finally:

@@ -155,6 +155,10 @@ def _read_counts(
             )
     if 0 in counts:
         raise WireError(f"an expert without rows: counts {counts}")
+    # No row goes to an expert twice. Else a message of nothing but numbers of one row would make us
+    # gather, and compute, hundreds of times its own size.
+    if counts and max(counts) > header.num_rows:
+        raise WireError(f"more rows for an expert than the {header.num_rows} there are: {counts}")
     return tuple(zip(units, counts, strict=True))
 
 

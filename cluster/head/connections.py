@@ -132,17 +132,23 @@ class Connections:
             ]
             self._connecting.update(missing)
         for worker in missing:
-            threading.Thread(
+            thread = threading.Thread(
                 target=self._connect, args=(worker,), name=f"connect {worker.name}", daemon=True
-            ).start()
+            )
+            try:
+                thread.start()
+            except RuntimeError as error:  # there may be no more threads, but the keeper goes on
+                self._log_failure(worker, f"{worker.name}: {error}")
+                with self._changed:
+                    self._connecting.discard(worker)
+                    self._failed[worker] = time.monotonic() + RECONNECT_EVERY_S
 
     def _connect(self, worker: WorkerInfo) -> None:
         stream = None
         try:
             stream = WorkerStream(worker, self._identity)
         except (ExpertsUnavailableError, HandshakeError, ConfigurationError) as error:
-            level = logging.DEBUG if worker in self._failed else logging.WARNING
-            logger.log(level, "trying again every %.1f s: %s", RECONNECT_EVERY_S, error)
+            self._log_failure(worker, str(error))
         finally:
             with self._changed:
                 self._connecting.discard(worker)
@@ -155,3 +161,8 @@ class Connections:
                     self._set({**self.streams, worker: stream})
         if stream is not None and not is_wanted:
             stream.close()
+
+    def _log_failure(self, worker: WorkerInfo, reason: str) -> None:
+        """To be called before the failure is noted: only the first in a row is a warning."""
+        level = logging.DEBUG if worker in self._failed else logging.WARNING
+        logger.log(level, "trying again every %.1f s: %s", RECONNECT_EVERY_S, reason)

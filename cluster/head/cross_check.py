@@ -140,7 +140,7 @@ class CrossCheck:
         return "damaged"
 
     def _output(self, sample: _Sample, copy: tuple[WorkerInfo, ...]) -> Tensor | None:
-        """The expert's output for the row, by one copy; None when a worker refuses."""
+        """The expert's output for the row, by one copy; None when a worker gives none."""
         output_1D: Tensor | None = None
         for number, worker in enumerate(copy):
             call = wire.Call(
@@ -155,7 +155,8 @@ class CrossCheck:
             compute = self._channel(worker).stream_stream(f"/{rpc.EXPERT_SERVICE}/Compute")
             replies = compute(iter([wire.encode_call(call)]), timeout=ANSWER_TIMEOUT_S)
             reply = wire.decode_reply(next(replies))
-            if reply.error or reply.incarnation != worker.incarnation:
+            is_ours = reply.incarnation == worker.incarnation
+            if reply.error or not is_ours or reply.sums_RD.shape != sample.x_1D.shape:
                 return None
             output_1D = reply.sums_RD if output_1D is None else output_1D + reply.sums_RD
         return output_1D

@@ -79,7 +79,7 @@ class RemoteExperts:
         self._cross_check = cross_check
         self._directory = Directory(feed, identity, drain_s=timeout_s)
         self._times: dict[WorkerInfo, AnswerTimes] = {}
-        """Of every worker that ever answered; a few numbers each."""
+        """Of workers that have answered; no more of them than the placement names."""
         self._next_call_id = 1
 
     def __repr__(self) -> str:
@@ -105,6 +105,9 @@ class RemoteExperts:
         self.phases.enter("packing")
         routes = self._directory.routes()
         assert routes is not None, "dispatch before the first placement"
+        workers = routes.placement.workers
+        if len(self._times) > len(workers):  # of some that have left
+            self._times = {w: self._times[w] for w in workers if w in self._times}
         assignments = assign(layer, routing)
         parts = self._send(routes, x_TD, [assignments])
         if self._cross_check is not None and parts:

@@ -2,6 +2,7 @@
 
 import logging
 import queue
+import threading
 import time
 from collections.abc import Iterator
 from typing import Protocol
@@ -52,6 +53,8 @@ class GrpcLink:
         """The channel is closed with the link."""
         self._channel = channel
         self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        """Taken to change `_wait`, and while its read is cancelled: it cannot be the next one's."""
         self._wait: tuple[float, float, str] | None = None
         """Of the read in progress: since when, until when, and for what."""
         self._was_slow = False
@@ -65,7 +68,8 @@ class GrpcLink:
 
     def receive(self, overdue_at: float, where: str) -> bytes:
         since = time.monotonic()
-        self._wait = (since, overdue_at, where)
+        with self._lock:
+            self._wait = (since, overdue_at, where)
         try:
             return next(self._incoming)
         except (grpc.RpcError, StopIteration) as error:
@@ -74,19 +78,20 @@ class GrpcLink:
                 reason = f"no answer within {time.monotonic() - since:.2f} s"
             raise LinkLostError(reason) from error
         finally:
-            self._wait, self._was_slow = None, False
+            with self._lock:
+                self._wait, self._was_slow = None, False
 
     def watch(self, now: float) -> None:
-        wait = self._wait
-        if wait is None:
-            return
-        since, overdue_at, where = wait
-        if now > overdue_at:
-            self._missed_deadline = True
-            self._incoming.cancel()  # type: ignore[attr-defined]
-        elif now - since > SLOW_AFTER_S and not self._was_slow:
-            self._was_slow = True
-            logger.warning("waiting since %.1f s for %s", now - since, where)
+        with self._lock:
+            if self._wait is None:
+                return
+            since, overdue_at, where = self._wait
+            if now > overdue_at:
+                self._missed_deadline = True
+                self._incoming.cancel()  # type: ignore[attr-defined]
+            elif now - since > SLOW_AFTER_S and not self._was_slow:
+                self._was_slow = True
+                logger.warning("waiting since %.1f s for %s", now - since, where)
 
     def close(self) -> None:
         self._outgoing.put(None)

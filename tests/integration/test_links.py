@@ -1,13 +1,18 @@
-"""A link to a worker that cannot be asked stays lost, and sends nothing more."""
+"""A link to a worker ends when its worker is gone or late, and not otherwise."""
 
+import queue
 import secrets
 import socket
+import threading
 import time
+from collections.abc import Iterator
 from contextlib import suppress
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from cluster.head.links import LinkLostError, PipeLink
+from cluster.head.links import GrpcLink, LinkLostError, PipeLink
 
 
 def test_nothing_follows_a_message_that_was_cut_off() -> None:
@@ -29,3 +34,50 @@ def test_nothing_follows_a_message_that_was_cut_off() -> None:
         with pytest.raises(LinkLostError, match="could not be asked"):
             link.receive(time.monotonic() + 5, "a test")
         link.close()
+
+
+class Answers:
+    """A worker's stream; whether a read was in progress when it was cancelled."""
+
+    def __init__(self) -> None:
+        self.ready: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self.has_returned = threading.Event()
+        self.cancelled_late: list[bool] = []
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        return self.ready.get(timeout=10)
+
+    def cancel(self) -> None:
+        self.cancelled_late.append(self.has_returned.is_set())
+
+
+def test_no_read_is_cancelled_for_the_lateness_of_the_one_before() -> None:
+    """The answer comes while the keeper finds it overdue."""
+    answers = Answers()
+    channel: Any = SimpleNamespace(
+        stream_stream=lambda method: lambda calls: answers, close=lambda: None
+    )
+    link = GrpcLink(channel)
+
+    class Deadline(float):
+        def __lt__(self, now: float) -> bool:
+            """Asked by `watch`; meanwhile the reader does what it can."""
+            answers.ready.put(b"answer")
+            answers.has_returned.wait(0.2)
+            return super().__lt__(now)
+
+    def read() -> None:
+        assert link.receive(Deadline(0.0), "a test") == b"answer"
+        answers.has_returned.set()
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    while not answers.cancelled_late:
+        link.watch(time.monotonic())
+    reader.join(10)
+    assert answers.has_returned.is_set()
+    assert answers.cancelled_late == [False]
+    link.close()

@@ -1,5 +1,6 @@
 """Messages over a Unix socket arrive whole, in order, or the reason why not does."""
 
+import errno
 import os
 import socket
 import struct
@@ -7,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from queue import SimpleQueue
 
 import pytest
 from hypothesis import given, settings
@@ -178,6 +180,73 @@ def test_a_bad_message_ends_its_connection_alone() -> None:
         good.send([b"hello"], 5)
         assert good.receive(5) == b"hello"
         bad.close()
+
+
+def refuse_once(
+    monkeypatch: pytest.MonkeyPatch, owner: type, method: str, error: Exception
+) -> None:
+    """Have the next call of a method fail, whoever makes it."""
+    works = getattr(owner, method)
+
+    def fails(self: object, *args: object) -> object:
+        monkeypatch.setattr(owner, method, works)
+        raise error
+
+    monkeypatch.setattr(owner, method, fails)
+
+
+def assert_echoes(server: PipeServer) -> None:
+    pipe = connect(server)
+    pipe.send([b"hello"], 5)
+    assert pipe.receive(5) == b"hello"
+    pipe.close()
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+def test_a_server_takes_connections_again_once_there_are_descriptors(
+    number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_once(monkeypatch, socket.socket, "accept", OSError(number, os.strerror(number)))
+    with serving() as server:
+        assert_echoes(server)
+
+
+def test_a_connection_that_cannot_be_set_up_ends_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(max_connections=1) as server:
+        refused = socket.socket(socket.AF_UNIX)
+        refuse_once(monkeypatch, socket.socket, "setblocking", OSError("no buffers"))
+        refused.connect(f"\0{server.name}")
+        assert refused.recv(1) == b""
+        refused.close()
+        assert_echoes(server)
+
+
+def test_a_connection_that_can_have_no_thread_ends_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(max_connections=1) as server:
+        refused = socket.socket(socket.AF_UNIX)
+        refuse_once(monkeypatch, threading.Thread, "start", RuntimeError("can't start new thread"))
+        refused.connect(f"\0{server.name}")
+        assert refused.recv(1) == b""
+        refused.close()
+        assert not server._open
+        assert_echoes(server)
+
+
+def test_a_peer_that_takes_no_reply_loses_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.pipe._SEND_TIMEOUT_S", 0.05)
+    threads: SimpleQueue[threading.Thread] = SimpleQueue()
+
+    def answer(message: bytearray) -> Sequence[Buffer]:
+        threads.put(threading.current_thread())
+        return [bytes(MAX_BYTES)]
+
+    with serving(answer) as server:
+        stopped = connect(server)
+        stopped.send([b"hello"], 5)
+        threads.get(timeout=5).join(10)
+        assert not server._open
+        with pytest.raises(ConnectionError):
+            stopped.receive(5)
 
 
 def test_a_stopped_server_has_hung_up_and_left_no_thread() -> None:

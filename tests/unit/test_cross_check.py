@@ -3,6 +3,8 @@
 import random
 import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from cluster import wire
 from cluster.head.cross_check import MAX_WAITING, CrossCheck, _Sample
 from cluster.metrics import HeadMetrics
 from cluster.placement import WorkerInfo
@@ -88,6 +91,29 @@ def test_what_nobody_has_time_for_is_dropped_and_counted(
     dropped = 'maestrale_expert_cross_checks_total{outcome="unanswered"}'
     assert dropped in metrics.exposition()
     check.may_go_on.set()
+
+
+class Misshapen(CrossCheck):
+    """Asks workers that answer at once; all but the first one's sums have some other shape."""
+
+    def __init__(self, metrics: HeadMetrics, shape: tuple[int, int]) -> None:
+        self._shape = shape
+        super().__init__(Identity("head", "f"), metrics, share=1.0)
+
+    def _channel(self, worker: WorkerInfo) -> Any:
+        sums_RD = torch.ones((1, HIDDEN) if worker == INFOS[0] else self._shape)
+        reply = wire.encode_reply(1, worker.incarnation, sums_RD, 0.0)
+        return SimpleNamespace(stream_stream=lambda method: lambda calls, timeout: iter([reply]))
+
+
+@pytest.mark.parametrize("shape", [(1, HIDDEN + 1), (2, HIDDEN), (0, 0), (1, 1)])
+def test_sums_of_another_shape_are_no_answer(shape: tuple[int, int], metrics: HeadMetrics) -> None:
+    check = Misshapen(metrics, shape)
+    offer(check, times=1, copies=lambda unit: (4, [(INFOS[0],), (INFOS[1],)]))
+    offer(check, times=1, copies=lambda unit: (4, [(INFOS[0],), (INFOS[0], INFOS[1])]))
+    check.close()
+    unanswered = 'maestrale_expert_cross_checks_total{outcome="unanswered"}'
+    assert f"{unanswered} 2.0" in metrics.exposition()
 
 
 @pytest.mark.parametrize("mode", [None, *(mode for mode in MODES if mode != "nf4-double")])

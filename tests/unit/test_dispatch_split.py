@@ -531,6 +531,21 @@ def test_a_worker_that_leaves_may_first_answer_what_it_was_asked(
         assert asked_of(workers, old) == [1, 1]  # nothing was sent twice
 
 
+def test_the_answer_times_of_workers_that_have_left_are_forgotten(
+    mixtral: Mixtral, weights: Weights
+) -> None:
+    feed = PlacementFeed()
+    placements = [placement_of((copied((0,)),), 1, epoch=epoch) for epoch in range(1, 5)]
+    with remote(mixtral, weights, placements[0], feed) as (experts, workers):
+        for placement in placements:
+            workers.place(placement)
+            feed.put(placement)
+            wait_until(lambda epoch=placement.epoch: experts.epoch == epoch, feed)
+            for seed in range(2):
+                assert_right(mixtral, experts, seed=seed)
+            assert experts._times.keys() == set(placement.workers)
+
+
 def test_rows_for_an_expert_that_nobody_holds_wait_for_a_placement_that_has_it(
     mixtral: Mixtral, weights: Weights
 ) -> None:

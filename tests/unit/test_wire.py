@@ -63,7 +63,7 @@ def calls(draw: st.DrawFn) -> wire.Call:
     experts = draw(st.sets(units)) if num_rows else set()
     return call_of(
         num_rows=num_rows,
-        per_expert={each: draw(st.integers(1, 4)) for each in sorted(experts)},
+        per_expert={each: draw(st.integers(1, num_rows)) for each in sorted(experts)},
         dtype=draw(st.sampled_from(list(DTYPES))),
         seed=draw(st.integers(0, 2**32)),
         call_id=draw(st.integers(1, 2**64 - 1)),
@@ -231,9 +231,9 @@ LIES: list[tuple[str, dict[str, Any], str]] = [
     ("hidden size too small", header(hidden_size=5), "hidden size 5, here 6"),
     ("hidden size 0", header(hidden_size=0), "hidden size 0, here 6"),
     ("too many rows", header(num_rows=4), "rows has 72 bytes, 24 values"),
-    ("too few rows", header(num_rows=1), "a row number is outside the 1 rows"),
+    ("too few rows", header(num_rows=1), r"more rows for an expert than the 1 there are: \[2, 1\]"),
     ("absurdly many rows", header(num_rows=2**32 - 1), "rows has 72 bytes"),
-    ("no rows", header(num_rows=0), "a row number is outside the 0 rows"),
+    ("no rows", header(num_rows=0), "more rows for an expert than the 0 there are"),
     ("unsorted experts", header(expert_ids=[4, 1]), r"ids \[4, 1\], slices .*: must ascend"),
     ("an expert twice", header(expert_ids=[4, 4]), r"ids \[4, 4\], slices .*: must ascend"),
     (
@@ -265,7 +265,13 @@ LIES: list[tuple[str, dict[str, Any], str]] = [
     ("an empty expert", header(expert_counts=[3, 0]), "without rows"),
     ("counts too large", header(expert_counts=[2, 2]), "row_numbers has 12 bytes, 4 values"),
     ("counts too small", header(expert_counts=[1, 1]), "row_numbers has 12 bytes, 2 values"),
-    ("absurd counts", header(expert_counts=[2**32 - 1] * 2), "row_numbers has 12 bytes"),
+    ("absurd counts", header(expert_counts=[2**32 - 1] * 2), "more rows for an expert than"),
+    (
+        "one row again and again",
+        header(expert_ids=[1], expert_counts=[4])
+        | {"row_numbers": b"\0" * 16, "weights": b"\0" * 16},
+        r"more rows for an expert than the 3 there are: \[4\]",
+    ),
     ("rows cut", {"rows": b"\0" * 71}, "rows has 71 bytes"),
     ("rows too long", {"rows": b"\0" * 73}, "rows has 73 bytes"),
     ("rows left out", {"rows": b""}, "rows has 0 bytes"),
@@ -389,6 +395,7 @@ def decode_everything(message: bytes) -> None:
         assert len(rows_A) == len(call.assignments.weights_A)
         assert len(rows_A) == sum(count for _, count in call.assignments.counts)
         assert ((rows_A >= 0) & (rows_A < len(call.x_RD))).all()
+        assert all(count <= len(call.x_RD) for _, count in call.assignments.counts)
     try:
         reply = wire.decode_reply(message)
     except WireError:
