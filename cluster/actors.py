@@ -59,13 +59,14 @@ class WorkerActor:
         self._num_failed_starts = 0
         """In a row."""
         self._num_missed = 0
-        self._told: tuple[Unit, ...] = ()
+        self._told: tuple[Unit, ...] | None = ()
+        """None: an order may have been lost."""
         self._tell_again_at = 0.0
 
     def __repr__(self) -> str:
         return (
             f"WorkerActor({self.name}, incarnation {self.incarnation}, "
-            f"{self._num_missed} beats missed, to hold {len(self._told)} units)"
+            f"{self._num_missed} beats missed, to hold {len(self._told or ())} units)"
         )
 
     async def heartbeat(self, epoch: int) -> "WorkerReport | None":
@@ -125,9 +126,10 @@ class WorkerActor:
         has_failed = is_wrong or self.error is not None
         if units == self._told and not (has_failed and now >= self._tell_again_at):
             return
-        self._told, self._tell_again_at = units, now + LOAD_AGAIN_S
-        with suppress(RayError):  # the next heartbeat says what is wrong
+        self._told = None
+        with suppress(RayError):  # told again after the next heartbeat
             await self._actor.hold.remote(units, expected)
+            self._told, self._tell_again_at = units, now + LOAD_AGAIN_S
 
     async def release(self) -> None:
         """End it, unless it has passed to another owner."""

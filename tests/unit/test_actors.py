@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
-from ray.exceptions import ActorDiedError, RayTaskError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 
 from cluster import actors
 from cluster.actors import MAX_MISSED_BEATS, WorkerActor
@@ -27,6 +27,7 @@ class FakeActor:
         self.beats: list[WorkerReport | Exception | None] = []
         """None: no answer comes."""
         self.told: list[tuple[Unit, ...]] = []
+        self.num_orders_to_lose = 0
 
     def __getattr__(self, name: str) -> Any:
         """`actor.method.remote(...)`, as Ray has it."""
@@ -44,6 +45,9 @@ class FakeActor:
         return answer
 
     async def do_hold(self, units: tuple[Unit, ...], expected: Mapping[Unit, str]) -> None:
+        if self.num_orders_to_lose:
+            self.num_orders_to_lose -= 1
+            raise ActorUnavailableError("the network is away", bytes(16))
         self.told.append(units)
 
 
@@ -181,3 +185,17 @@ def test_orders_are_given_once_and_again_after_a_failure_or_to_a_new_process(
         assert await order(A, B, is_wrong=True) == 5
 
     asyncio.run(run())
+
+
+def test_a_lost_order_is_given_again(worker: WorkerActor, actor: FakeActor) -> None:
+    actor.beats = [report()]
+
+    async def run() -> None:
+        await worker.heartbeat(3)
+        for units in ((A,), (A, B), (A,)):
+            actor.num_orders_to_lose = 1
+            for _ in range(3):
+                await worker.hold(units, {}, is_wrong=False)
+
+    asyncio.run(run())
+    assert actor.told == [(A,), (A, B), (A,)]
