@@ -289,7 +289,7 @@ def test_an_expert_that_is_not_held_is_refused_by_name(checkpoint: Checkpoint) -
     assert "expert 0 of layer 0" in reply.message
 
 
-def test_an_expert_that_cannot_compute_is_not_asked_again(
+def test_where_an_expert_has_one_copy_what_it_cannot_compute_fails_at_once(
     mixtral: Mixtral,
     remote: RemoteExperts,
     two_workers: list[WorkerServer],
