@@ -177,6 +177,7 @@ class PipeServer:
         """End all connections. An answer that is being computed is not waited for for long."""
         with suppress(OSError):  # it is stopped already
             self._socket.shutdown(socket.SHUT_RDWR)
+        deadline = time.monotonic() + _STOP_GRACE_S
         self._accepting.join(_STOP_GRACE_S)
         self._socket.close()
         with self._lock:
@@ -184,7 +185,7 @@ class PipeServer:
         for pipe in still_open:
             pipe.close()
         for thread in still_open.values():
-            thread.join(_STOP_GRACE_S)
+            thread.join(max(0.0, deadline - time.monotonic()))
 
     def _accept(self) -> None:
         while True:
