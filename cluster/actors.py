@@ -32,6 +32,11 @@ START_TIMEOUT_S = 120.0
 LOAD_AGAIN_S = 10.0
 """After a failure to load: a shared disk may come back, a broken file will not."""
 
+FIRST_WAIT_S = 1.0
+MAX_WAIT_S = 30.0
+"""Before a worker that died before its first heartbeat is started again, doubled each time: what
+stopped it, such as a missing file on its node, is seldom gone at once."""
+
 
 class WorkerActor:
     """One worker by its name, whatever process it is at the moment. Owned by one event loop."""
@@ -45,25 +50,33 @@ class WorkerActor:
         self.incarnation: int | None = None
         """None until it has been heard of."""
         self.error: str | None = None
-        """Why it has failed to load what it is to hold."""
+        """Why it cannot start, or has failed to load what it is to hold."""
         self._config = config
         self._owner = owner
         self._actor = self._start()
+        self._start_again_in_s: float | None = None
+        """Not None: it is dead."""
+        self._num_failed_starts = 0
+        """In a row."""
         self._num_missed = 0
-        self._told: tuple[Unit, ...] = ()
+        self._told: tuple[Unit, ...] | None = ()
+        """None: an order may have been lost."""
         self._tell_again_at = 0.0
 
     def __repr__(self) -> str:
         return (
             f"WorkerActor({self.name}, incarnation {self.incarnation}, "
-            f"{self._num_missed} beats missed, to hold {len(self._told)} units)"
+            f"{self._num_missed} beats missed, to hold {len(self._told or ())} units)"
         )
 
     async def heartbeat(self, epoch: int) -> "WorkerReport | None":
-        """Renew its lease and hear from it; None once it is dead and another is being started.
+        """Renew its lease and hear from it; None once it is dead. The next call starts another.
 
         A worker that stays silent is killed, and so is dead in the end.
         """
+        if self._start_again_in_s is not None:
+            await asyncio.sleep(self._start_again_in_s)
+            self._actor, self._start_again_in_s = self._start(), None
         while True:
             timeout_s = START_TIMEOUT_S if self.incarnation is None else BEAT_TIMEOUT_S
             try:
@@ -71,9 +84,7 @@ class WorkerActor:
                     self._actor.heartbeat.remote(self._owner, epoch), timeout_s
                 )
             except RayActorError as error:
-                logger.warning("%s is dead: %s", self.name, _first_line(error))
-                self._actor = self._start()
-                self.incarnation, self._num_missed, self.error = None, 0, None
+                self._note_death(error)
                 return None
             except (TimeoutError, RayError) as error:
                 self._num_missed += 1
@@ -85,8 +96,24 @@ class WorkerActor:
                 continue
             if self.incarnation != report.incarnation:
                 self.incarnation, self._told = report.incarnation, ()
-            self._num_missed, self.error = 0, report.error
+            self._num_missed, self._num_failed_starts, self.error = 0, 0, report.error
             return report
+
+    def _note_death(self, error: RayActorError) -> None:
+        """Say why, and when to start another: at once, unless it never came to its first beat."""
+        cause = _cause(error)
+        logger.warning("%s is dead: %s", self.name, cause)
+        has_started = self.incarnation is not None
+        self.incarnation, self._num_missed, self.error = None, 0, None
+        if has_started:
+            self._start_again_in_s = 0.0
+            return
+        doublings = min(self._num_failed_starts, 10)
+        self._start_again_in_s = min(MAX_WAIT_S, FIRST_WAIT_S * 2**doublings)
+        self._num_failed_starts += 1
+        # One that ends just when it is found, as its last owner wanted, is no failure.
+        if error.actor_init_failed or self._num_failed_starts > 1:
+            self.error = f"cannot start: {cause}"
 
     async def hold(
         self, units: tuple[Unit, ...], expected: Mapping[Unit, str], *, is_wrong: bool
@@ -99,9 +126,10 @@ class WorkerActor:
         has_failed = is_wrong or self.error is not None
         if units == self._told and not (has_failed and now >= self._tell_again_at):
             return
-        self._told, self._tell_again_at = units, now + LOAD_AGAIN_S
-        with suppress(RayError):  # the next heartbeat says what is wrong
+        self._told = None
+        with suppress(RayError):  # told again after the next heartbeat
             await self._actor.hold.remote(units, expected)
+            self._told, self._tell_again_at = units, now + LOAD_AGAIN_S
 
     async def release(self) -> None:
         """End it, unless it has passed to another owner."""
@@ -139,6 +167,14 @@ class WorkerActor:
             )
             .remote(settings)
         )
+
+
+def _cause(error: RayActorError) -> str:
+    """What Ray says after its preamble and the traceback, or details, that it indents."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    places = [number for number, line in enumerate(lines) if line[0].isspace()]
+    after = lines[places[-1] + 1 :] if places else []
+    return (after or lines[-1:] or [repr(error)])[0].strip()
 
 
 def _first_line(error: BaseException) -> str:

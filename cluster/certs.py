@@ -67,13 +67,21 @@ class Authority:
         try:
             certificate = x509.load_pem_x509_certificate(certificate_path.read_bytes())
             key = load_pem_private_key(key_path.read_bytes(), password=None)
+            constraints = certificate.extensions.get_extension_for_class(x509.BasicConstraints)
         except (OSError, ValueError, TypeError) as error:
             raise ConfigurationError(
                 f"{certificate_path} and {key_path} are not a CA and its key: {error}"
             ) from error
-        is_pair = certificate.public_key() == key.public_key()
-        if not is_pair or not isinstance(key, ec.EllipticCurvePrivateKey):
+        except x509.ExtensionNotFound as error:
+            raise ConfigurationError(f"{certificate_path} is not a CA's: {error}") from error
+        if not constraints.value.ca:
+            raise ConfigurationError(f"{certificate_path} is not a CA's: it may sign no other")
+        if certificate.public_key() != key.public_key():
             raise ConfigurationError(f"{key_path} is not the key of {certificate_path}")
+        if not isinstance(key, ec.EllipticCurvePrivateKey):
+            raise ConfigurationError(
+                f"{key_path} is not an elliptic-curve key: no other kind of CA is supported"
+            )
         return cls(certificate, key)
 
     def issue(
@@ -143,12 +151,20 @@ def _is_missing(certificate: Path, key: Path) -> bool:
 
 
 def _write_pair(certificate: Path, key: Path, pems: tuple[bytes, bytes]) -> list[Path]:
-    for path, data, mode in ((certificate, pems[0], 0o644), (key, pems[1], 0o600)):
-        # O_EXCL: a file that came meanwhile is somebody else's
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-        with open(descriptor, "wb") as file:
-            file.write(data)
-    return [certificate, key]
+    """Both or, where that fails, none: half a pair would stop the next run."""
+    written = []
+    try:
+        for path, data, mode in ((certificate, pems[0], 0o644), (key, pems[1], 0o600)):
+            # O_EXCL: a file that came meanwhile is somebody else's
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+            written.append(path)
+            with open(descriptor, "wb") as file:
+                file.write(data)
+    except BaseException:
+        for path in written:
+            path.unlink(missing_ok=True)
+        raise
+    return written
 
 
 def _builder(

@@ -9,7 +9,7 @@
     ├── HandshakeError            a peer speaks another version or serves another model
     ├── ExpertsUnavailableError   an expert worker did not answer, answered wrongly or is gone
     │   └── CallRefusedError      ... or cannot take a call now, and is well otherwise
-    ├── ExpertFailedError         an expert worker says that a call cannot be computed
+    ├── ExpertFailedError         an expert worker, and any other asked, failed to compute a call
     ├── BenchError                what a benchmark measures failed, so there is no number
     ├── HeadUnavailableError      no head replica can take or finish a request
     │   ├── HeadLostError         the stream to the head broke, or fell silent
@@ -73,7 +73,7 @@ class CallRefusedError(ExpertsUnavailableError):
 
 
 class ExpertFailedError(MaestraleError):
-    """An expert worker says that a call cannot be computed: asking elsewhere would not help."""
+    """An expert worker failed to compute a call. Another copy is asked once, if there is one."""
 
 
 class BenchError(MaestraleError):

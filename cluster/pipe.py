@@ -188,6 +188,7 @@ class PipeServer:
         self._is_stopped.set()
         with suppress(OSError):  # it is stopped already
             self._socket.shutdown(socket.SHUT_RDWR)
+        deadline = time.monotonic() + _STOP_GRACE_S
         self._accepting.join(_STOP_GRACE_S)
         self._socket.close()
         with self._lock:
@@ -195,7 +196,7 @@ class PipeServer:
         for pipe in still_open:
             pipe.close()
         for thread in still_open.values():
-            thread.join(_STOP_GRACE_S)
+            thread.join(max(0.0, deadline - time.monotonic()))
 
     def _accept(self) -> None:
         pause_s = _FIRST_PAUSE_S

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cluster import wire
 from cluster.bench.profile import StepRecorder
-from cluster.errors import CallRefusedError, ExpertsUnavailableError
+from cluster.errors import CallRefusedError, ExpertFailedError, ExpertsUnavailableError
 from cluster.head.engine import Engine, Event
 from cluster.head.masks import GrammarMasks
 from cluster.head.scheduler import Scheduler
@@ -192,6 +192,8 @@ class Worker:
         """Calls, counted from 1, whose answer gets lost with the connection."""
         self.refusals = 0
         """How many calls it will refuse next."""
+        self.is_broken = False
+        """Whether it fails to compute whatever it is asked."""
         self.patience_s: list[float] = []
         """How long each answer might have taken."""
         self.compute_s = 0.0
@@ -206,6 +208,10 @@ class Worker:
             self.refusals -= 1
             return wire.encode_error(
                 call.call_id, self.info.incarnation, expert_pb2.ERROR_BUSY, "told to refuse"
+            )
+        if self.is_broken:
+            return wire.encode_error(
+                call.call_id, self.info.incarnation, expert_pb2.ERROR_INTERNAL, "told to be broken"
             )
         sums_RD = weighted_sums(self.held, call.x_RD, call.assignments)
         return wire.encode_reply(call.call_id, self.info.incarnation, sums_RD, self.compute_s)
@@ -260,6 +266,8 @@ class MemoryStream:
             raise ExpertsUnavailableError(f"{self.worker.name} was told to fail")
         reply = wire.decode_reply(self._replies.pop(0))
         assert reply.call_id == call.call_id
+        if reply.error == expert_pb2.ERROR_INTERNAL:
+            raise ExpertFailedError(reply.message)
         if reply.error:
             raise CallRefusedError(reply.message)
         return reply

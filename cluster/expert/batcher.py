@@ -31,7 +31,9 @@ MAX_PASSED_OVER = 8
 """So often calls of few rows may go before one of many; then it is its turn."""
 
 MAX_WAITING_BYTES = 2**30
-"""Of rows. More than all heads together send when every one has a full step under way."""
+"""Of rows. A head sends each worker the rows of one step at a time, at most: by default 512 tokens,
+which take 4 MiB of Mixtral-8x7B's bf16 and 6 of 8x22B's. So this is room for 256 heads, or 170;
+with a max_tokens_per_step of 8,192 for 16, or 10, and the others' calls are refused as busy."""
 
 
 class NotHeldError(Exception):

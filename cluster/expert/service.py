@@ -94,9 +94,11 @@ class ExpertService:
 
     def _compute(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         logger.info("%s: stream from %s opened", self._identity.name, context.peer())
-        for message in messages:
-            yield self._answer(message, context.peer())
-        logger.info("%s: stream from %s ended", self._identity.name, context.peer())
+        try:
+            for message in messages:
+                yield self._answer(message, context.peer())
+        finally:  # heads cancel it, which `messages` raises
+            logger.info("%s: stream from %s ended", self._identity.name, context.peer())
 
     def _answer(self, message: Buffer, peer: str) -> bytes:
         """Reply to one call; a call that cannot be answered gets the reason, the stream goes on."""

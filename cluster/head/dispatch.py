@@ -9,7 +9,7 @@ Shape suffixes: T tokens, D hidden, R rows of one worker, A assignments.
 
 import logging
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cluster import rpc, wire
-from cluster.errors import CallRefusedError, ExpertsUnavailableError
+from cluster.errors import CallRefusedError, ExpertFailedError, ExpertsUnavailableError
 from cluster.head.answer_times import AnswerTimes
 from cluster.head.choice import choose, split
 from cluster.head.cross_check import CrossCheck
@@ -138,7 +138,8 @@ class RemoteExperts:
         rows: "RemoteRows",
         lost: Sequence[Assignments],
         refused_by: set[WorkerInfo],
-        cause: ExpertsUnavailableError | None,
+        failed: Mapping[WorkerInfo, ExpertFailedError],
+        cause: ExpertsUnavailableError | ExpertFailedError | None,
         lost_since: float,
     ) -> tuple[list[_Part], bool]:
         """Send what was lost to others, as soon as there are any.
@@ -147,6 +148,7 @@ class RemoteExperts:
         made good by the same slice, or by computing everything again in another way.
 
         refused_by: who is not to be asked; cleared when it is time to ask them again.
+        failed: who is not to be asked at all, and why; raised where that leaves nobody.
         lost_since: when the dispatch first lost something, see `patience_s`.
         """
         started = time.monotonic()
@@ -156,11 +158,17 @@ class RemoteExperts:
         while True:
             for wanted, is_all in attempts:
                 routes = self._directory.routes()
-                parts = self._send(routes, rows.x_TD, wanted, refused_by) if routes else None
+                parts = None
+                if routes is not None:
+                    parts = self._send(routes, rows.x_TD, wanted, refused_by | failed.keys())
                 if parts is not None:
                     num_rows = sum(len(each.rows_A) for each in wanted)
                     self._metrics.observe_resent(num_rows, time.monotonic() - started)
                     return parts, is_all
+            if failed and routes is not None:
+                units = [unit for unit, _ in rows.assignments.counts]
+                if any(routes.options(u) and not routes.options(u, failed) for u in units):
+                    raise next(iter(failed.values()))
             left_s = self.patience_s(rows.layer, lost_since, cause)
             if not has_waited:
                 logger.warning("%s; rows wait, %.1f s at most", cause or "nobody to ask", left_s)
@@ -169,7 +177,10 @@ class RemoteExperts:
             refused_by.clear()
 
     def patience_s(
-        self, layer: int, lost_since: float, cause: ExpertsUnavailableError | None
+        self,
+        layer: int,
+        lost_since: float,
+        cause: ExpertsUnavailableError | ExpertFailedError | None,
     ) -> float:
         """How much longer rows may wait. Raises ExpertsUnavailableError when it is no longer."""
         left_s = lost_since + self._recovery_timeout_s - time.monotonic()
@@ -254,24 +265,32 @@ class RemoteRows:
         """Weighted sums (T, D) float32, added in ascending order of the workers.
 
         Raises ExpertsUnavailableError when rows could not be computed anywhere in time, or
-        ExpertFailedError when they cannot be computed at all.
+        ExpertFailedError when a worker could not compute them, and neither could another, or there
+        is no other.
         """
         phases = self.experts.phases
         sums_TD = torch.zeros(self.x_TD.shape, dtype=torch.float32, device=self.x_TD.device)
         compute_s = 0.0
         parts = self.parts or []
         lost = [self.assignments] if self.parts is None else []
-        cause: ExpertsUnavailableError | None = None
+        cause: ExpertsUnavailableError | ExpertFailedError | None = None
         refused_by: set[WorkerInfo] = set()
+        failed: dict[WorkerInfo, ExpertFailedError] = {}
         lost_since = None
         while True:
+            # One may be out of order; what two cannot compute is the rows' own fault.
+            may_fail = not failed
             for part in parts:
                 phases.enter("transfer")
                 try:
                     reply = self.experts.receive(part, is_timely=cause is None)
-                except ExpertsUnavailableError as error:
+                except (ExpertsUnavailableError, ExpertFailedError) as error:
                     if isinstance(error, CallRefusedError):
                         refused_by.add(part.stream.worker)
+                    elif isinstance(error, ExpertFailedError):
+                        if not may_fail:
+                            raise
+                        failed[part.stream.worker] = error
                     logger.warning("%s; %d rows are sent again", error, len(part.rows_R))
                     lost.append(part.assignments)
                     cause = error
@@ -287,7 +306,9 @@ class RemoteRows:
                 lost_since = time.monotonic()
             else:  # whoever was asked instead failed, too
                 self.experts.patience_s(self.layer, lost_since, cause)
-            parts, is_all = self.experts.send_again(self, lost, refused_by, cause, lost_since)
+            parts, is_all = self.experts.send_again(
+                self, lost, refused_by, failed, cause, lost_since
+            )
             lost = []
             if is_all:
                 sums_TD.zero_()

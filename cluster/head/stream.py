@@ -85,8 +85,8 @@ class WorkerStream:
 
         Raises ExpertsUnavailableError when the worker is gone, late or answers nonsense; this
         stream is then of no more use. Raises CallRefusedError when the worker does not hold the
-        experts or has too much to do, ExpertFailedError when it says that the call itself cannot
-        be answered.
+        experts or has too much to do, ExpertFailedError when it says that it cannot compute the
+        call.
         """
         where = f"{self.worker.name} at {self.worker.address}, layer {call.layer}"
         overdue_at = max(overdue_at, time.monotonic() + GRACE_S)

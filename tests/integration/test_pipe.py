@@ -6,6 +6,7 @@ import socket
 import struct
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from queue import SimpleQueue
@@ -14,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cluster import pipe as pipe_module
 from cluster.errors import WireError
 from cluster.pipe import Buffer, Pipe, PipeServer
 
@@ -247,6 +249,35 @@ def test_a_peer_that_takes_no_reply_loses_its_place(monkeypatch: pytest.MonkeyPa
         assert not server._open
         with pytest.raises(ConnectionError):
             stopped.receive(5)
+
+
+def test_all_answers_together_hold_up_the_end_for_one_grace_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    may_answer, asked = threading.Event(), threading.Semaphore(0)
+
+    def answer(message: bytearray) -> Sequence[Buffer]:
+        asked.release()
+        may_answer.wait()
+        return [message]
+
+    now = 0.0
+
+    def join(thread: threading.Thread, timeout: float) -> None:
+        nonlocal now
+        now += timeout
+
+    with serving(answer) as server:
+        pipes = [connect(server) for _ in range(4)]
+        for pipe in pipes:
+            pipe.send([b"hello"], 5)
+            asked.acquire()
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "join", join)
+            patch.setattr(time, "monotonic", lambda: now)
+            server.stop()
+        may_answer.set()
+    assert now <= pipe_module._STOP_GRACE_S
 
 
 def test_a_stopped_server_has_hung_up_and_left_no_thread() -> None:

@@ -1,6 +1,9 @@
 """The split over real gRPC, without Ray: what it computes, and what it does when a worker fails."""
 
+import logging
 import math
+import queue
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -22,6 +25,7 @@ from model.sampling_params import SamplingParams
 from model.units import Unit
 from model.weights import Checkpoint
 from protos import expert_pb2, peer_pb2
+from tests.cluster_fakes import DEADLINE_S
 from tests.integration.workers import WorkerServer, behind_proxy, placement_on, remote_experts
 from tests.oracle import Oracle
 
@@ -289,7 +293,28 @@ def test_an_expert_that_is_not_held_is_refused_by_name(checkpoint: Checkpoint) -
     assert "expert 0 of layer 0" in reply.message
 
 
-def test_an_expert_that_cannot_compute_is_not_asked_again(
+def test_the_end_of_a_cancelled_stream_is_logged(
+    channel: grpc.Channel, caplog: pytest.LogCaptureFixture
+) -> None:
+    has_ended = threading.Event()
+
+    def note(record: logging.LogRecord) -> bool:
+        if "ended" in record.getMessage():
+            has_ended.set()
+        return True
+
+    caplog.set_level(logging.INFO, "cluster.expert.service")
+    caplog.handler.addFilter(note)
+    messages: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+    messages.put(good_call())
+    replies = channel.stream_stream(f"/{rpc.EXPERT_SERVICE}/Compute")(iter(messages.get, None))
+    next(replies)
+    replies.cancel()
+    assert has_ended.wait(DEADLINE_S)
+    messages.put(None)
+
+
+def test_where_an_expert_has_one_copy_what_it_cannot_compute_fails_at_once(
     mixtral: Mixtral,
     remote: RemoteExperts,
     two_workers: list[WorkerServer],

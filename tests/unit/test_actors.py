@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 
 from cluster import actors
 from cluster.actors import MAX_MISSED_BEATS, WorkerActor
@@ -27,6 +27,7 @@ class FakeActor:
         self.beats: list[WorkerReport | Exception | None] = []
         """None: no answer comes."""
         self.told: list[tuple[Unit, ...]] = []
+        self.num_orders_to_lose = 0
 
     def __getattr__(self, name: str) -> Any:
         """`actor.method.remote(...)`, as Ray has it."""
@@ -44,6 +45,9 @@ class FakeActor:
         return answer
 
     async def do_hold(self, units: tuple[Unit, ...], expected: Mapping[Unit, str]) -> None:
+        if self.num_orders_to_lose:
+            self.num_orders_to_lose -= 1
+            raise ActorUnavailableError("the network is away", bytes(16))
         self.told.append(units)
 
 
@@ -88,6 +92,70 @@ def test_one_missed_beat_costs_nothing(
     assert "0 beats missed" in repr(worker)
 
 
+CAUSE = "cluster.errors.ConfigurationError: cannot read /etc/tls/worker.pem: No such file"
+
+TRACEBACK = f"""ray::ExpertWorker.__init__() (pid=4406, ip=192.0.2.2)
+         ^^^^^^^^^^^^^
+FileNotFoundError: [Errno 2] No such file or directory: '/etc/tls/worker.pem'
+
+The above exception was the direct cause of the following exception:
+
+ray::ExpertWorker.__init__() (pid=4406, ip=192.0.2.2)
+  File "security.py", line 11, in load
+    raise ConfigurationError(f"cannot read {{path}}: No such file") from error
+{CAUSE}"""
+"""As Ray tells of a constructor that raised."""
+
+
+def failed_start() -> ActorDiedError:
+    return ActorDiedError(RayTaskError("__init__", TRACEBACK, OSError(), "worker", 1, "192.0.2.2"))
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """How long was slept, instead of sleeping."""
+    slept: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    return slept
+
+
+def test_a_worker_that_cannot_start_says_why_and_is_started_ever_more_rarely(
+    worker: WorkerActor, actor: FakeActor, waits: list[float]
+) -> None:
+    actor.beats = [*[failed_start()] * 8, report()]
+
+    async def run() -> None:
+        for _ in range(8):
+            assert await worker.heartbeat(3) is None
+            assert worker.error == f"cannot start: {CAUSE}"
+        assert await worker.heartbeat(3) == report()
+        assert worker.error is None
+
+    asyncio.run(run())
+    assert waits == [1, 2, 4, 8, 16, 30, 30, 30]
+
+
+def test_a_worker_found_while_it_ends_is_no_failure_but_one_that_dies_again_is(
+    worker: WorkerActor, actor: FakeActor, waits: list[float]
+) -> None:
+    actor.beats = [ActorDiedError(), ActorDiedError(), report(), ActorDiedError(), report(8)]
+
+    async def hear() -> list[str | None]:
+        errors = []
+        for _ in range(5):
+            await worker.heartbeat(3)
+            errors.append(worker.error)
+        return errors
+
+    died = "cannot start: The actor died unexpectedly before finishing this task."
+    assert asyncio.run(hear()) == [None, died, None, None, None]
+    assert waits == [1, 2, 0]
+
+
 def test_orders_are_given_once_and_again_after_a_failure_or_to_a_new_process(
     worker: WorkerActor, actor: FakeActor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -117,3 +185,17 @@ def test_orders_are_given_once_and_again_after_a_failure_or_to_a_new_process(
         assert await order(A, B, is_wrong=True) == 5
 
     asyncio.run(run())
+
+
+def test_a_lost_order_is_given_again(worker: WorkerActor, actor: FakeActor) -> None:
+    actor.beats = [report()]
+
+    async def run() -> None:
+        await worker.heartbeat(3)
+        for units in ((A,), (A, B), (A,)):
+            actor.num_orders_to_lose = 1
+            for _ in range(3):
+                await worker.hold(units, {}, is_wrong=False)
+
+    asyncio.run(run())
+    assert actor.told == [(A,), (A, B), (A,)]

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cluster.errors import ExpertsUnavailableError
+from cluster.errors import ExpertFailedError, ExpertsUnavailableError
 from cluster.head import connections
 from cluster.head.answer_times import FLOOR_S
 from cluster.head.dispatch import RemoteExperts, RemoteRows
@@ -456,6 +456,42 @@ def test_a_worker_that_never_takes_the_call_is_given_up(
         with pytest.raises(ExpertsUnavailableError, match=r"told to .*; no replacement"):
             experts.dispatch(0, *rows_of(mixtral)).wait()
         assert len(worker.calls) > 1
+
+
+def test_where_a_worker_is_broken_another_copy_is_asked(mixtral: Mixtral, weights: Weights) -> None:
+    placement = placement_of((copied((0,), (1,)),), 2)
+    with remote(mixtral, weights, placement) as (experts, workers):
+        workers[placement.workers[0]].is_broken = True
+        workers[placement.workers[1]].refusals = 1  # which is waited for
+        assert_right(mixtral, experts)
+        assert asked_of(workers, placement) == [1, 3]
+        assert workers.num_connects == 2
+
+
+def test_where_a_worker_is_broken_its_slices_are_asked_of_another(
+    mixtral: Mixtral, weights: Weights
+) -> None:
+    placement = placement_of((copied((0, 1), (2, 3)),), 4)
+    with remote(mixtral, weights, placement) as (experts, workers):
+        for broken in (0, 3):
+            for number, worker in enumerate(placement.workers):
+                workers[worker].is_broken = number == broken
+            assert_right(mixtral, experts)
+
+
+@pytest.mark.parametrize(("num_copies", "num_calls"), [(1, 1), (2, 2), (3, 2)])
+def test_what_two_copies_or_the_only_one_cannot_compute_fails_at_once(
+    mixtral: Mixtral, weights: Weights, num_copies: int, num_calls: int
+) -> None:
+    copies = [(number,) for number in range(num_copies)]
+    placement = placement_of((copied(*copies),), num_copies)
+    with remote(mixtral, weights, placement) as (experts, workers):
+        for worker in placement.workers:
+            workers[worker].is_broken = True
+        with pytest.raises(ExpertFailedError, match="told to be broken"):
+            x_TD = random_rows(1, mixtral.config.hidden_size, seed=1)
+            experts.dispatch(0, x_TD, routing_of(1, seed=1, top_k=1)).wait()
+        assert sum(asked_of(workers, placement)) == num_calls
 
 
 def test_a_worker_is_waited_for_briefly_where_others_could_answer(

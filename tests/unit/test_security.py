@@ -1,12 +1,18 @@
 """Who a process is: certificates made and checked, tokens read, loopback told from a network."""
 
 import asyncio
+import os
 import stat
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 from typer.testing import CliRunner
 
 from cluster import rpc
@@ -68,6 +74,48 @@ def test_half_a_pair_is_neither_overwritten_nor_completed(folder: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"ca\.pem is there without its counterpart"):
         write_certificates(folder)
     assert not (folder / "ca-key.pem").exists()
+
+
+def test_a_full_disk_leaves_no_half_of_a_pair(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = os.open
+
+    def open_on_full_disk(path: Path, flags: int, mode: int) -> int:
+        descriptor = opened(path, flags, mode)
+        if path.name != "head-key.pem":
+            return descriptor
+        os.close(descriptor)
+        return opened("/dev/full", os.O_WRONLY)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", open_on_full_disk)
+        with pytest.raises(ConfigurationError, match="No space left"):
+            write_certificates(tmp_path)
+    assert not list(tmp_path.glob("head*"))
+    write_certificates(tmp_path)
+    assert load(tmp_path).tls is not None
+
+
+def test_an_identity_is_not_taken_for_a_ca(folder: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"head\.pem is not a CA's: it may sign no other"):
+        Authority.load(folder / "head.pem", folder / "head-key.pem")
+
+
+def test_a_ca_of_another_kind_of_key_is_refused_for_that(tmp_path: Path) -> None:
+    key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "another CA")])
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), 1, NOW, NOW + LIFETIME)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .sign(key, SHA256())
+    )
+    (tmp_path / "ca.pem").write_bytes(certificate.public_bytes(Encoding.PEM))
+    (tmp_path / "ca-key.pem").write_bytes(
+        key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    )
+    with pytest.raises(ConfigurationError, match="is not an elliptic-curve key"):
+        write_certificates(tmp_path)
 
 
 def test_the_command_says_what_it_wrote_and_how_to_use_it(tmp_path: Path) -> None:
