@@ -17,6 +17,9 @@ from model.errors import PromptError, SamplingError
 
 logger = logging.getLogger(__name__)
 
+UNFINISHED = "no head replica could finish the request; try again later"
+"""What a caller is told then; why is the operator's to know: it names hosts and their errors."""
+
 ANTHROPIC_PATH = "/v1/messages"
 """Here and below it, callers speak Anthropic's API."""
 
@@ -35,7 +38,7 @@ _MAX_REPORTED = 5
 
 
 def as_request_error(error: Exception) -> RequestError:
-    """What to tell the caller about any failure. Unexpected ones are logged, not shown."""
+    """What to tell the caller about any failure. What is no caller's fault is logged, not shown."""
     match error:
         case RequestError():
             return error
@@ -44,8 +47,9 @@ def as_request_error(error: Exception) -> RequestError:
         case PromptError():
             return RequestError(400, str(error), param="prompt")
         case HeadUnavailableError():
+            logger.warning("a request is answered with 503: %s", error)
             headers = {"Retry-After": "1"}
-            return RequestError(503, str(error), kind="service_unavailable", headers=headers)
+            return RequestError(503, UNFINISHED, kind="service_unavailable", headers=headers)
         case RequestValidationError():
             return _of_validation(error)
         case HTTPException(status_code=status):
