@@ -108,6 +108,29 @@ def test_only_what_is_missing_is_asked_of_the_next_head() -> None:
     run(scenario())
 
 
+def test_a_fault_in_reading_a_heads_events_is_logged_and_another_head_goes_on(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Faulty(FakeHead):
+        def load(self) -> Any:
+            for stream in self.streams if self.submits else ():
+                stream.up.put_nowait(None)  # type: ignore[arg-type]  # nothing that can be read
+            return super().load()
+
+    async def scenario() -> None:
+        one, other = Faulty("one"), FakeHead("other", num_free_tokens=0)
+        one.on_submit = lambda submit: one.beat()
+        pool = Network(one, other).pool()
+        asked = journal()
+        assert await told(pool, asked) == expected(asked)
+        assert (len(one.submits), len(other.submits)) == (1, 1)
+        await pool.close()
+
+    run(scenario())
+    assert "one: its events could not be read" in caplog.text
+    assert "AttributeError" in caplog.text
+
+
 def test_a_request_waits_for_a_head_to_come_up() -> None:
     async def scenario() -> None:
         head = FakeHead("one")
