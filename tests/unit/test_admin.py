@@ -1,5 +1,7 @@
 """Operators ask, through the SDK, for a better placement; callers see what moves."""
 
+import asyncio
+
 import httpx
 import pytest
 from fastapi import FastAPI
@@ -20,9 +22,15 @@ FOUND = Rebalancing(
 )
 
 
-def client_of(answer: Rebalancing | None, asked: list[bool]) -> Client:
+def client_of(answer: Rebalancing | Exception | None, asked: list[bool]) -> Client:
+    """answer: of the controller; an exception is raised, a TimeoutError by never answering."""
+
     async def rebalance(dry_run: bool) -> Rebalancing | None:
         asked.append(dry_run)
+        if isinstance(answer, TimeoutError):
+            await asyncio.Event().wait()
+        if isinstance(answer, Exception):
+            raise answer
         return answer
 
     app = FastAPI()
@@ -54,6 +62,21 @@ def test_before_the_first_placement_it_is_not_ready() -> None:
     ):
         client.cluster.rebalance()
     assert refused.value.status_code == 503
+
+
+@pytest.mark.parametrize("failure", [TimeoutError(), ConnectionError("actor 10.0.0.7 is dead")])
+def test_without_a_controller_callers_are_told_to_come_back(
+    failure: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(admin, "WAIT_S", 0.01)
+    with (
+        client_of(failure, []) as client,
+        pytest.raises(APIStatusError, match="the controller does not answer") as refused,
+    ):
+        client.cluster.rebalance()
+    assert refused.value.status_code == 503
+    assert refused.value.response.headers["retry-after"] == "2"
+    assert "10.0.0.7" not in refused.value.response.text
 
 
 def test_people_are_told_what_moves_and_what_for() -> None:
