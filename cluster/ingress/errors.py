@@ -36,6 +36,9 @@ _ANTHROPIC_TYPES = {
 _MAX_REPORTED = 5
 """Validation errors named in one answer."""
 
+_MAX_SHOWN = 80
+"""Characters of what a caller sent that an answer repeats."""
+
 
 def as_request_error(error: Exception) -> RequestError:
     """What to tell the caller about any failure. What is no caller's fault is logged, not shown."""
@@ -114,12 +117,18 @@ def _of_validation(error: RequestValidationError) -> RequestError:
                 400, "the body must be a JSON object, sent as Content-Type: application/json"
             )
         # after the top field come pydantic's names of union members, which tell a caller nothing
-        field = str(item["loc"][1]) if len(item["loc"]) > 1 else "body"
+        field = _shown(str(item["loc"][1])) if len(item["loc"]) > 1 else "body"
         if field not in problems or _fit(item) > _fit(problems[field]):
             problems[field] = item
     fields = list(problems)[:_MAX_REPORTED]
     message = "; ".join(f"{field}: {_problem(problems[field])}" for field in fields)
     return RequestError(400, message, param=fields[0] if fields else None)
+
+
+def _shown(given: str) -> str:
+    """Its beginning, in characters that an answer can carry: JSON may hold half a surrogate."""
+    start = given if len(given) <= _MAX_SHOWN else given[:_MAX_SHOWN] + "..."
+    return start.encode(errors="backslashreplace").decode()
 
 
 def _fit(item: dict[str, Any]) -> tuple[bool, int]:
@@ -128,7 +137,6 @@ def _fit(item: dict[str, Any]) -> tuple[bool, int]:
 
 
 def _problem(item: dict[str, Any]) -> str:
-    given = repr(item.get("input"))
-    shown = given if len(given) <= 80 else given[:80] + "..."
+    shown = _shown(repr(item.get("input")))
     message = str(item["msg"]).removeprefix("Value error, ")
     return message if item["type"] in ("missing", "value_error") else f"{message}, not {shown}"

@@ -1,6 +1,7 @@
 """Operators ask, through the SDK, for a better placement; callers see what moves."""
 
 import asyncio
+import json
 
 import httpx
 import pytest
@@ -22,7 +23,7 @@ FOUND = Rebalancing(
 )
 
 
-def client_of(answer: Rebalancing | Exception | None, asked: list[bool]) -> Client:
+def app_of(answer: Rebalancing | Exception | None, asked: list[bool]) -> FastAPI:
     """answer: of the controller; an exception is raised, a TimeoutError by never answering."""
 
     async def rebalance(dry_run: bool) -> Rebalancing | None:
@@ -36,7 +37,11 @@ def client_of(answer: Rebalancing | Exception | None, asked: list[bool]) -> Clie
     app = FastAPI()
     app.include_router(admin.router(rebalance))
     errors.install(app)
-    server = TestClient(app)
+    return app
+
+
+def client_of(answer: Rebalancing | Exception | None, asked: list[bool]) -> Client:
+    server = TestClient(app_of(answer, asked))
 
     def answer_to(request: httpx.Request) -> httpx.Response:
         reply = server.request(
@@ -77,6 +82,16 @@ def test_without_a_controller_callers_are_told_to_come_back(
     assert refused.value.status_code == 503
     assert refused.value.response.headers["retry-after"] == "2"
     assert "10.0.0.7" not in refused.value.response.text
+
+
+@pytest.mark.parametrize("key", ["k" * 100_000, "\ud800", "k\ud800" * 100_000])
+def test_an_unknown_key_is_told_short_and_readable(key: str) -> None:
+    server = TestClient(app_of(FOUND, []))
+    headers = {"Content-Type": "application/json"}
+    content = json.dumps({key: 1})
+    reply = server.post("/admin/rebalance", content=content, headers=headers)
+    assert reply.status_code == 400
+    assert len(reply.content) < 1_000
 
 
 def test_people_are_told_what_moves_and_what_for() -> None:
