@@ -167,6 +167,14 @@ class Preparer:
     def text(self, body: DetokenizeRequest) -> str:
         """Text of ids. Raises RequestError."""
         self._check_supported(body)
+        context = self._settings.max_model_len
+        if len(body.tokens) > context:
+            raise RequestError(
+                400,
+                f"{len(body.tokens)} tokens exceed the context of {context}",
+                param="tokens",
+                code="context_length_exceeded",
+            )
         self._read.check_ids(body.tokens, "tokens")
         return self._tokenizer.decode(body.tokens)
 
