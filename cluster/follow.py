@@ -41,28 +41,35 @@ async def follow(
     """Call `on_view` with every new view of the cluster, until cancelled.
 
     controller: handle of the Controller deployment. head: the report of the caller, if it is one.
+    Neither callback can end it: an error is logged, and the same view is told again.
     """
     seen: ClusterView | None = None
     known = 0
     is_away = False
     while True:
         try:
-            view = await asyncio.wait_for(controller.watch.remote(known, head()), 5 * WATCH_S)
-        except Exception as error:
-            # Whatever keeps the controller from answering, the plan is the same: ask again.
-            if not is_away:
-                logger.warning("the controller does not answer, going on without it: %r", error)
-            is_away = True
+            report = head()
+            try:
+                view = await asyncio.wait_for(controller.watch.remote(known, report), 5 * WATCH_S)
+            except Exception as error:
+                # Whatever keeps the controller from answering, the plan is the same: ask again.
+                if not is_away:
+                    logger.warning("the controller does not answer, going on without it: %r", error)
+                is_away = True
+                await asyncio.sleep(RETRY_AFTER_S)
+                continue
+            if is_away:
+                logger.warning("the controller answers again")
+            is_away = False
+            known = view.version
+            # compared as a whole: a controller that starts anew counts its versions anew
+            if view != seen and not _has_forgotten(view, seen):
+                on_view(view)
+                seen = view
+        except Exception:
+            # A fault of ours: who stopped following would go by an old view for good.
+            logger.exception("the controller's news could not be followed; trying again")
             await asyncio.sleep(RETRY_AFTER_S)
-            continue
-        if is_away:
-            logger.warning("the controller answers again")
-        is_away = False
-        known = view.version
-        # compared as a whole: a controller that starts anew counts its versions anew
-        if view != seen and not _has_forgotten(view, seen):
-            seen = view
-            on_view(view)
 
 
 def _has_forgotten(view: ClusterView, seen: ClusterView | None) -> bool:

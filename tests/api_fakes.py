@@ -172,7 +172,7 @@ class ScriptedEngine:
                 if is_first and num_prompt_top is not None
                 else ()
             ),
-            num_reused=self.num_reused if is_first else None,
+            num_reused=self.num_reused if journal.num_reused is None else None,
         )
 
     async def classify(self, prompt_ids: Sequence[int], client: str) -> tuple[float, ...]:

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from cluster.config import is_loopback
 from cluster.errors import ConfigurationError, RequestError
 from cluster.ingress.errors import error_response
+from cluster.schema import RESUMED_TOKENS
 
 KEYS_VARIABLE = "MAESTRALE_API_KEYS"
 OPEN_PATHS = ("/health", "/ready")
@@ -113,7 +114,7 @@ class Access:
             allow_origins=self.allowed_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],  # SDKs send many of their own
-            expose_headers=["X-Request-Id", "Retry-After"],
+            expose_headers=["X-Request-Id", "Retry-After", RESUMED_TOKENS],
         )
 
 

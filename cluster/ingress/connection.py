@@ -192,6 +192,9 @@ class HeadConnection:
         except HandshakeError as error:
             reason = str(error)
             logger.warning("%s cannot be used: %s", self.head.name, reason)
+        except Exception:
+            reason = "its events could not be read"
+            logger.exception("%s: %s", self.head.name, reason)
         finally:
             self._lose(reason)
 

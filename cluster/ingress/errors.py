@@ -17,6 +17,9 @@ from model.errors import PromptError, SamplingError
 
 logger = logging.getLogger(__name__)
 
+UNFINISHED = "no head replica could finish the request; try again later"
+"""What a caller is told then; why is the operator's to know: it names hosts and their errors."""
+
 ANTHROPIC_PATH = "/v1/messages"
 """Here and below it, callers speak Anthropic's API."""
 
@@ -33,9 +36,12 @@ _ANTHROPIC_TYPES = {
 _MAX_REPORTED = 5
 """Validation errors named in one answer."""
 
+_MAX_SHOWN = 80
+"""Characters of what a caller sent that an answer repeats."""
+
 
 def as_request_error(error: Exception) -> RequestError:
-    """What to tell the caller about any failure. Unexpected ones are logged, not shown."""
+    """What to tell the caller about any failure. What is no caller's fault is logged, not shown."""
     match error:
         case RequestError():
             return error
@@ -44,8 +50,9 @@ def as_request_error(error: Exception) -> RequestError:
         case PromptError():
             return RequestError(400, str(error), param="prompt")
         case HeadUnavailableError():
+            logger.warning("a request is answered with 503: %s", error)
             headers = {"Retry-After": "1"}
-            return RequestError(503, str(error), kind="service_unavailable", headers=headers)
+            return RequestError(503, UNFINISHED, kind="service_unavailable", headers=headers)
         case RequestValidationError():
             return _of_validation(error)
         case HTTPException(status_code=status):
@@ -110,12 +117,18 @@ def _of_validation(error: RequestValidationError) -> RequestError:
                 400, "the body must be a JSON object, sent as Content-Type: application/json"
             )
         # after the top field come pydantic's names of union members, which tell a caller nothing
-        field = str(item["loc"][1]) if len(item["loc"]) > 1 else "body"
+        field = _shown(str(item["loc"][1])) if len(item["loc"]) > 1 else "body"
         if field not in problems or _fit(item) > _fit(problems[field]):
             problems[field] = item
     fields = list(problems)[:_MAX_REPORTED]
     message = "; ".join(f"{field}: {_problem(problems[field])}" for field in fields)
     return RequestError(400, message, param=fields[0] if fields else None)
+
+
+def _shown(given: str) -> str:
+    """Its beginning, in characters that an answer can carry: JSON may hold half a surrogate."""
+    start = given if len(given) <= _MAX_SHOWN else given[:_MAX_SHOWN] + "..."
+    return start.encode(errors="backslashreplace").decode()
 
 
 def _fit(item: dict[str, Any]) -> tuple[bool, int]:
@@ -124,7 +137,6 @@ def _fit(item: dict[str, Any]) -> tuple[bool, int]:
 
 
 def _problem(item: dict[str, Any]) -> str:
-    given = repr(item.get("input"))
-    shown = given if len(given) <= 80 else given[:80] + "..."
+    shown = _shown(repr(item.get("input")))
     message = str(item["msg"]).removeprefix("Value error, ")
     return message if item["type"] in ("missing", "value_error") else f"{message}, not {shown}"

@@ -119,7 +119,9 @@ class HeadPool:
         closing = [*self._closing, *(each.close() for each in self._connections.values())]
         self._connections = {}
         self._on_change()
-        await asyncio.gather(*closing)
+        for result in await asyncio.gather(*closing, return_exceptions=True):
+            if isinstance(result, Exception):
+                logger.error("a connection to a head could not be closed", exc_info=result)
 
     @asynccontextmanager
     async def _probation(self, tries: Tries) -> AsyncIterator[AsyncExitStack]:

@@ -65,7 +65,9 @@ class Journal:
         assert self.finish is None, f"{news} after the end ({self.finish})"
         if not self.emitted_ids:
             self.prompt_logprobs = news.prompt_logprobs
-            self.num_reused = news.num_reused
+        if self.num_reused is None and news.num_reused is not None:
+            # a resumed answer begins with emitted ids, which a head may find in its cache as well
+            self.num_reused = min(news.num_reused, len(self.prompt_ids))
         self.emitted_ids += news.token_ids
         self.logprobs += news.logprobs
         self.finish = news.finish

@@ -105,6 +105,13 @@ class Preparer:
     def completion(self, body: CompletionRequest, client: str) -> Work:
         """Work of a plain completion; client is who asks. Raises RequestError, SamplingError."""
         given = prompts_of(body.prompt, "prompt")
+        if len(given) * body.num_drawn > MAX_CHOICES:  # before they cost anything
+            field = "n" if body.best_of is None else "best_of"
+            raise RequestError(
+                400,
+                f"{len(given)} prompts x {field}={body.num_drawn} exceed {MAX_CHOICES} choices",
+                param=field,
+            )
         echoed = body.logprobs if body.echo else None
         of_prompt = [number for number in (body.prompt_logprobs, echoed) if number is not None]
         return self._work(
@@ -160,6 +167,14 @@ class Preparer:
     def text(self, body: DetokenizeRequest) -> str:
         """Text of ids. Raises RequestError."""
         self._check_supported(body)
+        context = self._settings.max_model_len
+        if len(body.tokens) > context:
+            raise RequestError(
+                400,
+                f"{len(body.tokens)} tokens exceed the context of {context}",
+                param="tokens",
+                code="context_length_exceeded",
+            )
         self._read.check_ids(body.tokens, "tokens")
         return self._tokenizer.decode(body.tokens)
 
@@ -233,13 +248,6 @@ class Preparer:
                 text if ids == whole else self._tokenizer.decode(list(ids))
                 for text, ids, whole in zip(echoes, kept, prompts, strict=True)
             ]
-        if len(prompts) * body.num_drawn > MAX_CHOICES:
-            field = "n" if body.best_of is None else "best_of"
-            raise RequestError(
-                400,
-                f"{len(prompts)} prompts x {field}={body.num_drawn} exceed {MAX_CHOICES} choices",
-                param=field,
-            )
         chooses = body.num_drawn > body.n
         params = sampling_params(
             body,

@@ -1,5 +1,8 @@
 """Operators ask, through the SDK, for a better placement; callers see what moves."""
 
+import asyncio
+import json
+
 import httpx
 import pytest
 from fastapi import FastAPI
@@ -20,15 +23,25 @@ FOUND = Rebalancing(
 )
 
 
-def client_of(answer: Rebalancing | None, asked: list[bool]) -> Client:
+def app_of(answer: Rebalancing | Exception | None, asked: list[bool]) -> FastAPI:
+    """answer: of the controller; an exception is raised, a TimeoutError by never answering."""
+
     async def rebalance(dry_run: bool) -> Rebalancing | None:
         asked.append(dry_run)
+        if isinstance(answer, TimeoutError):
+            await asyncio.Event().wait()
+        if isinstance(answer, Exception):
+            raise answer
         return answer
 
     app = FastAPI()
     app.include_router(admin.router(rebalance))
     errors.install(app)
-    server = TestClient(app)
+    return app
+
+
+def client_of(answer: Rebalancing | Exception | None, asked: list[bool]) -> Client:
+    server = TestClient(app_of(answer, asked))
 
     def answer_to(request: httpx.Request) -> httpx.Response:
         reply = server.request(
@@ -54,6 +67,31 @@ def test_before_the_first_placement_it_is_not_ready() -> None:
     ):
         client.cluster.rebalance()
     assert refused.value.status_code == 503
+
+
+@pytest.mark.parametrize("failure", [TimeoutError(), ConnectionError("actor 10.0.0.7 is dead")])
+def test_without_a_controller_callers_are_told_to_come_back(
+    failure: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(admin, "WAIT_S", 0.01)
+    with (
+        client_of(failure, []) as client,
+        pytest.raises(APIStatusError, match="the controller does not answer") as refused,
+    ):
+        client.cluster.rebalance()
+    assert refused.value.status_code == 503
+    assert refused.value.response.headers["retry-after"] == "2"
+    assert "10.0.0.7" not in refused.value.response.text
+
+
+@pytest.mark.parametrize("key", ["k" * 100_000, "\ud800", "k\ud800" * 100_000])
+def test_an_unknown_key_is_told_short_and_readable(key: str) -> None:
+    server = TestClient(app_of(FOUND, []))
+    headers = {"Content-Type": "application/json"}
+    content = json.dumps({key: 1})
+    reply = server.post("/admin/rebalance", content=content, headers=headers)
+    assert reply.status_code == 400
+    assert len(reply.content) < 1_000
 
 
 def test_people_are_told_what_moves_and_what_for() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from cluster.errors import HeadUnavailableError, RequestError
+from cluster.ingress.errors import UNFINISHED
 from cluster.schema import MAX_CHOICES, Classification
 from tests.api_fakes import (
     BOTH,
@@ -176,14 +177,14 @@ def test_before_it_is_ready_requests_are_told_to_come_back(api: Api) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "status", "kind"),
+    ("error", "status", "kind", "message"),
     [
-        (HeadUnavailableError("head-1 is gone"), 503, "service_unavailable"),
-        (RequestError(400, "too long for the head"), 400, "invalid_request_error"),
+        (HeadUnavailableError("head-1 is gone"), 503, "service_unavailable", UNFINISHED),
+        (RequestError(400, "too long"), 400, "invalid_request_error", "too long"),
     ],
 )
 def test_the_failure_of_one_input_ends_all(
-    api: Api, error: Exception, status: int, kind: str
+    api: Api, error: Exception, status: int, kind: str, message: str
 ) -> None:
     def scorer(prompt_ids: Sequence[int]) -> Exception | None:
         return error if len(prompt_ids) == 2 else None  # the others never answer
@@ -191,7 +192,7 @@ def test_the_failure_of_one_input_ends_all(
     api.engine.scorer = scorer
     for _ in range(3):  # there are two places
         response = api.post(CLASSIFY, {"input": [[1], [1, 5], [1, 5, 6]]})
-        assert assert_error(response, status, kind=kind) == str(error)
+        assert assert_error(response, status, kind=kind) == message
     assert api.engine.num_classifying == 0
     assert api.num_in_progress == 0
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from cluster.errors import HeadUnavailableError, RequestError
+from cluster.errors import HeadFailedError, HeadUnavailableError, RequestError
+from cluster.ingress.errors import UNFINISHED
 from cluster.ingress.journal import Journal
 from cluster.ingress.sse import KEEP_ALIVE
 from tests.api_fakes import (
@@ -44,9 +45,24 @@ def test_a_failure_before_the_first_token_is_a_503(api: Api, path: str, stream: 
     api.engine.script = fails_after(0, HeadUnavailableError("head-1 is gone"))
     response = api.post(path, body_for(path, stream=stream))
     message = assert_error(response, 503, kind="service_unavailable")
-    assert message == "head-1 is gone"
+    assert message == UNFINISHED
     assert int(response.headers["retry-after"]) >= 1
     assert api.num_in_progress == 0
+
+
+@BOTH
+@EITHER_WAY
+@pytest.mark.parametrize("num_told", [0, 2])
+def test_a_503_names_no_host_and_no_error_of_ours_but_the_log_does(
+    api: Api, path: str, stream: bool, num_told: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    detail = "head-1 at 10.0.0.7:4711: worker-3: RuntimeError('out of memory')"
+    api.engine.script = fails_after(num_told, HeadFailedError(detail))
+    text = api.post(path, body_for(path, stream=stream)).text
+    assert UNFINISHED in text
+    for word in ("head-1", "10.0.0.7", "worker-3", "RuntimeError"):
+        assert word not in text
+    assert detail in caplog.text
 
 
 @BOTH
@@ -86,7 +102,7 @@ def test_a_failure_in_a_stream_is_said_in_the_stream(api: Api, path: str) -> Non
     assert done == DONE
     assert error == {
         "error": {
-            "message": "head-1 is gone",
+            "message": UNFINISHED,
             "type": "service_unavailable",
             "param": None,
             "code": None,
@@ -109,7 +125,7 @@ def test_a_failure_of_one_choice_ends_all(api: Api) -> None:
     assert_error(response, 503, kind="service_unavailable")
     assert len(api.engine.aborted) == 3
     *_, error, done = api.events(COMPLETIONS, body_for(COMPLETIONS, n=3))
-    assert error["error"]["message"] == "head-1 is gone"
+    assert error["error"]["message"] == UNFINISHED
     assert done == DONE
     assert len(api.engine.aborted) == 6
 
@@ -334,7 +350,7 @@ def test_a_failure_after_a_long_silence_is_said_in_the_stream(api: Api, path: st
         goes_on.set()
         await caller.until(lambda: caller.bodies[-1] == b"", patience_s=DEADLINE_S)
         *_, error, done = (body for body in caller.bodies if body not in (KEEP_ALIVE, b""))
-        assert json.loads(error.removeprefix(b"data: "))["error"]["message"] == "head-1 is gone"
+        assert json.loads(error.removeprefix(b"data: "))["error"]["message"] == UNFINISHED
         assert done == b"data: [DONE]\n\n"
 
     asyncio.run(listen())

@@ -200,22 +200,25 @@ def test_checking_a_long_wrong_body_stops_soon(
     assert refused.value.error_count() < 100
 
 
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [({"prompt": ["a"] * 2_000}, "prompt"), ({"n": 2}, "n"), ({"best_of": 2}, "best_of")],
+)
 def test_too_many_prompts_are_refused_before_they_cost_anything(
-    api: Api, monkeypatch: pytest.MonkeyPatch
+    api: Api, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], param: str
 ) -> None:
     num_encoded = 0
-    encode = api.tokenizer.encode_prompt
+    encode = api.tokenizer.encode
 
     def counted(text: str) -> list[int]:
         nonlocal num_encoded
         num_encoded += 1
         return encode(text)
 
-    monkeypatch.setattr(api.tokenizer, "encode_prompt", counted)
-    response = api.post(COMPLETIONS, {"prompt": ["a"] * 2_000})
-    assert_error(response, 400, param=response.json()["error"]["param"])
-    assert response.json()["error"]["param"] in ("prompt", "n")
-    assert num_encoded <= MAX_CHOICES
+    monkeypatch.setattr(api.tokenizer, "encode", counted)
+    response = api.post(COMPLETIONS, {"prompt": ["a"] * MAX_CHOICES, **fields})
+    assert_error(response, 400, param=param)
+    assert num_encoded == 0
 
 
 # --- what is not served ---

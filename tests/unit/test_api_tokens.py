@@ -88,12 +88,14 @@ def test_a_conversation_becomes_the_prompt_that_a_chat_would_have(
         ("/detokenize", {"tokens": [VOCAB_SIZE]}, "tokens"),
         ("/detokenize", {"tokens": [-1]}, "tokens"),
         ("/detokenize", {"tokens": "a"}, "tokens"),
+        ("/detokenize", {"tokens": [5] * (CONTEXT + 1)}, "tokens"),
     ],
 )
 def test_a_wrong_request_is_a_400_that_names_the_field(
     api: Api, path: str, body: dict[str, Any], param: str
 ) -> None:
-    code = "context_length_exceeded" if len(str(body)) > 9_000 else None
+    is_long = len(str(body)) > 9_000 or len(body.get("tokens", "")) > CONTEXT
+    code = "context_length_exceeded" if is_long else None
     assert_error(api.post(path, body), 400, param=param, code=code)
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from cluster.errors import ConfigurationError, HeadFailedError, HeadUnavailableError
 from cluster.ingress.choice import BLOCK_TOKENS
 from cluster.ingress.heads import HeadPool
-from cluster.ingress.journal import Journal
+from cluster.ingress.journal import Journal, News
 from cluster.ingress.tries import MAX_LOST_IN_A_ROW
 from model import Mixtral
 from model.grammar import GrammarCompiler
@@ -106,6 +106,39 @@ def test_only_what_is_missing_is_asked_of_the_next_head() -> None:
         await pool.close()
 
     run(scenario())
+
+
+def test_a_fault_in_reading_a_heads_events_is_logged_and_another_head_goes_on(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Faulty(FakeHead):
+        def load(self) -> Any:
+            for stream in self.streams if self.submits else ():
+                stream.up.put_nowait(None)  # type: ignore[arg-type]  # nothing that can be read
+            return super().load()
+
+    async def scenario() -> None:
+        one, other = Faulty("one"), FakeHead("other", num_free_tokens=0)
+        one.on_submit = lambda submit: one.beat()
+        pool = Network(one, other).pool()
+        asked = journal()
+        assert await told(pool, asked) == expected(asked)
+        assert (len(one.submits), len(other.submits)) == (1, 1)
+        await pool.close()
+
+    run(scenario())
+    assert "one: its events could not be read" in caplog.text
+    assert "AttributeError" in caplog.text
+
+
+def test_the_first_head_that_answers_tells_what_was_cached_also_of_a_resumed_answer() -> None:
+    resumed = journal(emitted_ids=[7, 8])
+    resumed.record(News((9,), num_reused=16))
+    resumed.record(News((10,), num_reused=21))  # another head, which goes on
+    assert resumed.num_reused == 16
+    whole = journal(emitted_ids=[7, 8])
+    whole.record(News((9,), num_reused=len(PROMPT) + 1))  # the answer's tokens, too
+    assert whole.num_reused == len(PROMPT)
 
 
 def test_a_request_waits_for_a_head_to_come_up() -> None:
@@ -200,6 +233,38 @@ def test_a_shutdown_ends_requests_that_run_and_that_wait() -> None:
                 await task
 
     run(scenario())
+
+
+def test_one_head_that_cannot_be_closed_keeps_no_other_open(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Channel:
+        def __init__(self, channel: Any, is_broken: bool) -> None:
+            self.unary_unary, self.stream_stream = channel.unary_unary, channel.stream_stream
+            self._is_broken = is_broken
+            self.is_closed = False
+
+        async def close(self) -> None:
+            if self._is_broken:
+                raise OSError("broken")
+            await asyncio.sleep(0.01)
+            self.is_closed = True
+
+    channels: list[Channel] = []
+
+    class Breaking(Network):
+        def open_channel(self, address: str) -> Any:
+            channels.append(Channel(super().open_channel(address), is_broken=not channels))
+            return channels[-1]
+
+    async def scenario() -> None:
+        pool = Breaking(FakeHead("one"), FakeHead("other")).pool()
+        await until(lambda: pool.num_ready == 2)
+        await pool.close()
+        assert [channel.is_closed for channel in channels] == [False, True]
+
+    run(scenario())
+    assert "OSError: broken" in caplog.text
 
 
 def test_a_silent_head_counts_as_lost() -> None:

@@ -35,15 +35,34 @@ class Controller:
         return answer
 
 
-def seen(*answers: ClusterView | Exception) -> tuple[list[ClusterView], Controller]:
-    """The views that a follower of this controller acts on."""
+def seen(
+    *answers: ClusterView | Exception, faults: int = 0, report_faults: int = 0
+) -> tuple[list[ClusterView], Controller]:
+    """The views that a follower of this controller acts on.
+
+    faults, report_faults: how often acting on a view, and reporting, fail at first.
+    """
     views: list[ClusterView] = []
+    left = {"view": faults, "report": report_faults}
+
+    def fail(what: str) -> None:
+        left[what] -= 1
+        if left[what] >= 0:
+            raise RuntimeError(f"a fault of the {what}")
+
+    def on_view(view: ClusterView) -> None:
+        fail("view")
+        views.append(view)
+
+    def report() -> None:
+        fail("report")
+
     controller: Any = None
 
     async def scenario() -> None:
         nonlocal controller
         controller = Controller(*answers)
-        task = asyncio.create_task(follow(controller, views.append))
+        task = asyncio.create_task(follow(controller, on_view, report))
         async with asyncio.timeout(10):
             await controller.is_done.wait()
         task.cancel()
@@ -80,3 +99,17 @@ def test_another_view_of_the_same_number_is_news() -> None:
     """The versions of a controller that starts anew may by chance be where the last one's were."""
     again = replace(READY, heads=())
     assert seen(READY, again)[0] == [READY, again]
+
+
+def test_a_view_that_could_not_be_acted_on_is_told_again(caplog: pytest.LogCaptureFixture) -> None:
+    views, _ = seen(STARTING, STARTING, READY, faults=1)
+    assert views == [STARTING, READY]
+    assert "RuntimeError: a fault of the view" in caplog.text
+    assert "does not answer" not in caplog.text
+
+
+def test_a_report_that_fails_is_not_the_controllers_fault(caplog: pytest.LogCaptureFixture) -> None:
+    views, _ = seen(READY, report_faults=1)
+    assert views == [READY]
+    assert "RuntimeError: a fault of the report" in caplog.text
+    assert "does not answer" not in caplog.text
