@@ -50,13 +50,14 @@ class WorkerActor:
         self._owner = owner
         self._actor = self._start()
         self._num_missed = 0
-        self._told: tuple[Unit, ...] = ()
+        self._told: tuple[Unit, ...] | None = None
+        """What it is sure to have heard that it is to hold."""
         self._tell_again_at = 0.0
 
     def __repr__(self) -> str:
         return (
             f"WorkerActor({self.name}, incarnation {self.incarnation}, "
-            f"{self._num_missed} beats missed, to hold {len(self._told)} units)"
+            f"{self._num_missed} beats missed, to hold {len(self._told or ())} units)"
         )
 
     async def heartbeat(self, epoch: int) -> "WorkerReport | None":
@@ -84,7 +85,7 @@ class WorkerActor:
                     ray.kill(self._actor)
                 continue
             if self.incarnation != report.incarnation:
-                self.incarnation, self._told = report.incarnation, ()
+                self.incarnation, self._told = report.incarnation, None
             self._num_missed, self.error = 0, report.error
             return report
 
@@ -99,9 +100,10 @@ class WorkerActor:
         has_failed = is_wrong or self.error is not None
         if units == self._told and not (has_failed and now >= self._tell_again_at):
             return
-        self._told, self._tell_again_at = units, now + LOAD_AGAIN_S
-        with suppress(RayError):  # the next heartbeat says what is wrong
-            await self._actor.hold.remote(units, expected)
+        self._told, self._tell_again_at = None, now + LOAD_AGAIN_S
+        with suppress(TimeoutError, RayError):  # the next heartbeat says what is wrong
+            await asyncio.wait_for(self._actor.hold.remote(units, expected), BEAT_TIMEOUT_S)
+            self._told = units
 
     async def release(self) -> None:
         """End it, unless it has passed to another owner."""
