@@ -147,10 +147,13 @@ class LivingPlacement:
         """Units that are still to be loaded, over all workers."""
         if self._target is None:
             return 0
+        held = [self._held(worker) for worker in range(len(self._reports))]
         return sum(
-            unit not in self._held(worker)
-            for worker in range(len(self._reports))
-            for unit in held_by(self._target, worker)
+            Unit(layer, expert_id, number, len(copy)) not in held[worker]
+            for layer, experts in enumerate(self._target)
+            for expert_id, copies in enumerate(experts)
+            for copy in copies
+            for number, worker in enumerate(copy)
         )
 
     @property
