@@ -248,7 +248,10 @@ class LivingPlacement:
         placement = Placement(self.epoch + 1, tuple(infos), compact)
         if self._published is not None:
             before = self._published.placement
-            if (before.table, before.workers) == (placement.table, placement.workers):
+            # heads that go by a higher epoch, of a controller before this one, would not take it
+            is_newest = before.epoch == self.epoch
+            is_same = (before.table, before.workers) == (placement.table, placement.workers)
+            if is_newest and is_same:
                 return None
             self._draining.append(replace(self._published, replaced_at=now))
         self.epoch += 1
