@@ -186,6 +186,12 @@ def test_the_command_line_shows_what_is_in_force(tmp_path: Path) -> None:
     assert (values["num_heads"], values["num_workers"], values["lease_s"]) == (4, 3, 20)
 
 
+@pytest.mark.parametrize("verb", ["serve", "demo"])
+@pytest.mark.parametrize("port", ["-1", "65536"])
+def test_a_port_that_cannot_be_is_refused_as_a_wrong_flag(verb: str, port: str) -> None:
+    assert CliRunner().invoke(app, [verb, "--port", port]).exit_code == 2
+
+
 # --- the network ---
 
 
