@@ -174,6 +174,8 @@ def test_the_file_explains_every_setting() -> None:
         assert f"MAESTRALE_{name.upper()}" in comment
         assert "default " in comment
     assert "from 1 to 256" in by_name["num_heads"]
+    assert "above 0 below 1" in by_name["rebalance_gain"]
+    assert " or environment or null;" in by_name["cluster_token_from"]
     assert "given by here" in by_name["num_heads"]
 
 
