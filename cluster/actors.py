@@ -59,8 +59,8 @@ class WorkerActor:
         self._num_failed_starts = 0
         """In a row."""
         self._num_missed = 0
-        self._told: tuple[Unit, ...] | None = ()
-        """None: an order may have been lost."""
+        self._told: tuple[Unit, ...] | None = None
+        """What it is sure to have heard that it is to hold."""
         self._tell_again_at = 0.0
 
     def __repr__(self) -> str:
@@ -95,7 +95,7 @@ class WorkerActor:
                     ray.kill(self._actor)
                 continue
             if self.incarnation != report.incarnation:
-                self.incarnation, self._told = report.incarnation, ()
+                self.incarnation, self._told = report.incarnation, None
             self._num_missed, self._num_failed_starts, self.error = 0, 0, report.error
             return report
 
@@ -126,10 +126,10 @@ class WorkerActor:
         has_failed = is_wrong or self.error is not None
         if units == self._told and not (has_failed and now >= self._tell_again_at):
             return
-        self._told = None
-        with suppress(RayError):  # told again after the next heartbeat
-            await self._actor.hold.remote(units, expected)
-            self._told, self._tell_again_at = units, now + LOAD_AGAIN_S
+        self._told, self._tell_again_at = None, now + LOAD_AGAIN_S
+        with suppress(TimeoutError, RayError):  # the next heartbeat says what is wrong
+            await asyncio.wait_for(self._actor.hold.remote(units, expected), BEAT_TIMEOUT_S)
+            self._told = units
 
     async def release(self) -> None:
         """End it, unless it has passed to another owner."""

@@ -57,7 +57,7 @@ AttentionWeights = Annotated[
 DType = Annotated[
     str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; the checkpoint's own.")
 ]
-Port = Annotated[int, typer.Option(help="HTTP port; 0 takes a free one.")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="HTTP port; 0 takes a free one.")]
 ConfigFile = Annotated[
     Path | None,
     typer.Option("--config", help="YAML file of settings; `maestrale config` writes one."),

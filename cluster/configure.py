@@ -27,6 +27,15 @@ _NO_SETTINGS = {
 """Variables of the SDK, and secrets, which no setting holds."""
 
 
+_BOUNDS = {
+    "minimum": "from",
+    "exclusiveMinimum": "above",
+    "maximum": "to",
+    "exclusiveMaximum": "below",
+}
+"""What a JSON schema calls the bounds of a number, and we."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """The settings in force, and where those that are no defaults were given."""
@@ -146,6 +155,8 @@ def _kind(about: Mapping[str, Any]) -> str:
     """What a JSON schema lets a value be, in words."""
     if "anyOf" in about:
         return " or ".join(_kind(each) for each in about["anyOf"])
+    if "const" in about:
+        return str(about["const"])
     if "enum" in about:
         return ", ".join(about["enum"])
     if about["type"] == "array":
@@ -153,7 +164,7 @@ def _kind(about: Mapping[str, Any]) -> str:
     if about["type"] == "object":
         return f"a mapping of names to ({_kind(about['additionalProperties'])})"
     words = [about.get("format", about["type"])]
-    for key, word in (("minimum", "from"), ("exclusiveMinimum", "above"), ("maximum", "to")):
+    for key, word in _BOUNDS.items():
         if key in about:
             words.append(f"{word} {about[key]:g}")
     return " ".join(words)

@@ -147,10 +147,13 @@ class LivingPlacement:
         """Units that are still to be loaded, over all workers."""
         if self._target is None:
             return 0
+        held = [self._held(worker) for worker in range(len(self._reports))]
         return sum(
-            unit not in self._held(worker)
-            for worker in range(len(self._reports))
-            for unit in held_by(self._target, worker)
+            Unit(layer, expert_id, number, len(copy)) not in held[worker]
+            for layer, experts in enumerate(self._target)
+            for expert_id, copies in enumerate(experts)
+            for copy in copies
+            for number, worker in enumerate(copy)
         )
 
     @property
@@ -245,7 +248,10 @@ class LivingPlacement:
         placement = Placement(self.epoch + 1, tuple(infos), compact)
         if self._published is not None:
             before = self._published.placement
-            if (before.table, before.workers) == (placement.table, placement.workers):
+            # heads that go by a higher epoch, of a controller before this one, would not take it
+            is_newest = before.epoch == self.epoch
+            is_same = (before.table, before.workers) == (placement.table, placement.workers)
+            if is_newest and is_same:
                 return None
             self._draining.append(replace(self._published, replaced_at=now))
         self.epoch += 1

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
+from ray.exceptions import ActorDiedError, RayError, RayTaskError
 
 from cluster import actors
 from cluster.actors import MAX_MISSED_BEATS, WorkerActor
@@ -27,7 +27,8 @@ class FakeActor:
         self.beats: list[WorkerReport | Exception | None] = []
         """None: no answer comes."""
         self.told: list[tuple[Unit, ...]] = []
-        self.num_orders_to_lose = 0
+        self.failures: list[Exception | None] = []
+        """What becomes of the next orders, if they fail. None: no answer comes."""
 
     def __getattr__(self, name: str) -> Any:
         """`actor.method.remote(...)`, as Ray has it."""
@@ -45,10 +46,14 @@ class FakeActor:
         return answer
 
     async def do_hold(self, units: tuple[Unit, ...], expected: Mapping[Unit, str]) -> None:
-        if self.num_orders_to_lose:
-            self.num_orders_to_lose -= 1
-            raise ActorUnavailableError("the network is away", bytes(16))
         self.told.append(units)
+        if not self.failures:
+            return
+        failure = self.failures.pop(0)
+        if failure is None:
+            await asyncio.Event().wait()
+        else:
+            raise failure
 
 
 @pytest.fixture
@@ -187,15 +192,33 @@ def test_orders_are_given_once_and_again_after_a_failure_or_to_a_new_process(
     asyncio.run(run())
 
 
-def test_a_lost_order_is_given_again(worker: WorkerActor, actor: FakeActor) -> None:
+def test_orders_that_may_not_have_been_heard_are_given_again(
+    worker: WorkerActor, actor: FakeActor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that hangs over them does not keep its controller from noticing."""
+    monkeypatch.setattr(actors, "BEAT_TIMEOUT_S", 0.001)
+    actor.beats = [report()]
+    actor.failures = [None, RayError("the connection broke")]
+
+    async def run() -> list[int]:
+        await worker.heartbeat(3)
+        num_told = []
+        for _ in range(4):
+            await worker.hold((A,), {}, is_wrong=False)
+            num_told.append(len(actor.told))
+        return num_told
+
+    assert asyncio.run(asyncio.wait_for(run(), 10)) == [1, 2, 3, 3]
+
+
+def test_to_hold_nothing_is_an_order_too(worker: WorkerActor, actor: FakeActor) -> None:
+    """A worker that a new controller finds may hold what nobody wants any more."""
     actor.beats = [report()]
 
     async def run() -> None:
         await worker.heartbeat(3)
-        for units in ((A,), (A, B), (A,)):
-            actor.num_orders_to_lose = 1
-            for _ in range(3):
-                await worker.hold(units, {}, is_wrong=False)
+        await worker.hold((), {}, is_wrong=False)
+        await worker.hold((), {}, is_wrong=False)
 
     asyncio.run(run())
-    assert actor.told == [(A,), (A, B), (A,)]
+    assert actor.told == [()]

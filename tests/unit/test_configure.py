@@ -174,6 +174,8 @@ def test_the_file_explains_every_setting() -> None:
         assert f"MAESTRALE_{name.upper()}" in comment
         assert "default " in comment
     assert "from 1 to 256" in by_name["num_heads"]
+    assert "above 0 below 1" in by_name["rebalance_gain"]
+    assert " or environment or null;" in by_name["cluster_token_from"]
     assert "given by here" in by_name["num_heads"]
 
 
@@ -184,6 +186,12 @@ def test_the_command_line_shows_what_is_in_force(tmp_path: Path) -> None:
     assert shown.exit_code == 0
     values = yaml.safe_load(shown.stdout)
     assert (values["num_heads"], values["num_workers"], values["lease_s"]) == (4, 3, 20)
+
+
+@pytest.mark.parametrize("verb", ["serve", "demo"])
+@pytest.mark.parametrize("port", ["-1", "65536"])
+def test_a_port_that_cannot_be_is_refused_as_a_wrong_flag(verb: str, port: str) -> None:
+    assert CliRunner().invoke(app, [verb, "--port", port]).exit_code == 2
 
 
 # --- the network ---

@@ -268,6 +268,21 @@ def test_heads_take_only_higher_epochs_even_if_no_worker_remembers_any() -> None
     assert cluster.newest.epoch == 42
 
 
+def test_a_head_that_is_heard_of_late_gets_an_epoch_above_its_own() -> None:
+    """Its placement may be of a controller whose last epoch no worker was told."""
+    cluster = Cluster(sizes())
+    cluster.run()
+    assert cluster.newest.epoch == 1
+    cluster.head_epoch, cluster.head_follows = 41, False
+    cluster.beat()
+    assert [placement.epoch for placement in cluster.placements] == [1, 42]
+    assert cluster.newest.table == cluster.placements[0].table
+    cluster.head_follows = True
+    cluster.run()
+    cluster.beat()
+    assert cluster.newest.epoch == 42
+
+
 @given(
     copies=st.lists(
         st.lists(st.integers(0, 3), min_size=1, max_size=3, unique=True), min_size=3, max_size=3
