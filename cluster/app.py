@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import ray
 from ray import serve
@@ -292,7 +292,8 @@ def _stop_serving() -> None:
         time.sleep(0.1)
     for name in names:
         logger.warning("%s did not end by itself and is killed", name)
-        ray.kill(ray.get_actor(name, namespace=NAMESPACE))
+        with suppress(ValueError):  # it has ended since it was listed
+            ray.kill(ray.get_actor(name, namespace=NAMESPACE))
 
 
 def _worker_names() -> list[str]:

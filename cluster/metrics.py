@@ -1,11 +1,9 @@
-"""What is measured: facts as dataclasses, and every metric's name, unit and labels.
+"""Every metric's name, unit and labels.
 
-Each process keeps a registry of its own; the ingress merges the texts of all (`merge`).
+Each process keeps a registry of its own; the ingress merges the texts of all (`merging`).
 """
 
-import logging
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from typing import Literal
 
 from prometheus_client import (
@@ -15,71 +13,15 @@ from prometheus_client import (
     Histogram,
     disable_created_metrics,
 )
-from prometheus_client.core import Metric
 from prometheus_client.exposition import generate_latest
-from prometheus_client.parser import text_string_to_metric_families
 
-from model.phases import Phase
+from cluster.step_stats import StepStats
 from model.units import Unit
-
-logger = logging.getLogger(__name__)
 
 disable_created_metrics()  # a second series per counter that nobody charts
 
 _STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _REQUEST_BUCKETS = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
-
-
-PARTS = (
-    "attention",
-    "routing",
-    "packing",
-    "transfer",
-    "experts",
-    "unpacking",
-    "logits",
-    "sampling",
-    "host",
-)
-"""Of a step's time. host: scheduling, building tensors, publishing, and the decoder's inputs."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepStats:
-    """One step of a head's engine."""
-
-    num_tokens: int
-    """Tokens computed, prompt and new."""
-    num_sequences: int
-    num_emitted: int
-    """New tokens."""
-    num_reused: int
-    """Tokens of prompts that were found in the cache."""
-    num_preempted: int
-    """Sequences that lost their blocks and must be computed again."""
-    num_drafted: int
-    """Tokens guessed ahead."""
-    num_accepted: int
-    """Of those, the ones that proved right."""
-    num_waiting: int
-    """Sequences that could not be admitted yet."""
-    num_free_blocks: int
-    num_blocks: int
-    forward_s: float
-    """Forward pass, waiting for experts included."""
-    sampling_s: float
-    host_s: float
-    """Scheduling, tensor building and publishing."""
-    phases: Mapping[Phase, float]
-    """Seconds of the forward pass by phase; empty where nobody watches."""
-
-    @property
-    def parts(self) -> dict[str, float]:
-        """Seconds by PARTS; they sum to the step's whole time."""
-        parts: dict[str, float] = {p: s for p, s in self.phases.items() if p in PARTS}
-        parts["host"] = self.forward_s + self.host_s - sum(parts.values())
-        parts["sampling"] = self.sampling_s
-        return {part: parts[part] for part in PARTS if part in parts}
 
 
 class Registry:
@@ -328,33 +270,3 @@ class IngressMetrics(Registry):
 
     def observe_prompt(self, num_tokens: int) -> None:
         self._prompt_tokens.inc(num_tokens)
-
-
-@dataclass
-class _Merged:
-    families: dict[str, Metric] = field(default_factory=dict)
-
-    def collect(self) -> list[Metric]:
-        return list(self.families.values())
-
-
-def merge(expositions: Mapping[str, str]) -> str:
-    """One text out of those of several processes; each sample gets a `process` label.
-
-    expositions: text by process name. A text that does not parse is left out and logged.
-    """
-    merged = _Merged()
-    for process, text in expositions.items():
-        try:
-            families = list(text_string_to_metric_families(text))
-        except ValueError as error:
-            logger.warning("metrics of %s do not parse and are left out: %s", process, error)
-            continue
-        for family in families:
-            into = merged.families.setdefault(
-                family.name, Metric(family.name, family.documentation, family.type)
-            )
-            for sample in family.samples:
-                labels = {**sample.labels, "process": process}
-                into.add_sample(sample.name, labels, sample.value)
-    return generate_latest(merged).decode()

@@ -9,12 +9,10 @@ import typer
 
 from cluster.errors import ConfigurationError
 from cluster.extras import need_server_extra
+from cluster.options import DType
 
 app = typer.Typer(help="Measure a server, the engine, or one round trip.", no_args_is_help=True)
 
-DType = Annotated[
-    str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own.")
-]
 Json = Annotated[Path | None, typer.Option("--json", help="Write all numbers to this file.")]
 
 

@@ -23,8 +23,9 @@ from cluster.head.engine import Engine, Event
 from cluster.head.scheduler import Scheduler
 from cluster.head.sequence import Sequence as EngineSequence
 from cluster.head.stopwatch import Stopwatch
-from cluster.metrics import HeadMetrics, StepStats
+from cluster.metrics import HeadMetrics
 from cluster.planning import plan
+from cluster.step_stats import StepStats
 from model.blocks import BlockPool
 from model.decoder import Decoder
 from model.experts import Experts, LocalExperts

@@ -6,7 +6,7 @@ from typing import Any
 from rich.table import Table
 
 from cluster.bench.engine import EngineReport, Row
-from cluster.metrics import PARTS
+from cluster.step_stats import PARTS
 
 
 def rates_table(report: EngineReport) -> Table:

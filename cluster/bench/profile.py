@@ -3,7 +3,8 @@
 from collections import defaultdict
 from collections.abc import Sequence
 
-from cluster.metrics import PARTS, HeadMetrics, StepStats
+from cluster.metrics import HeadMetrics
+from cluster.step_stats import PARTS, StepStats
 
 
 class StepRecorder(HeadMetrics):

@@ -22,7 +22,8 @@ from cluster.head.masks import GrammarMasks
 from cluster.head.scheduler import Chunk, Scheduler, Step
 from cluster.head.sequence import Finish, Sequence
 from cluster.head.stopwatch import Stopwatch
-from cluster.metrics import HeadMetrics, StepStats
+from cluster.metrics import HeadMetrics
+from cluster.step_stats import StepStats
 from model.batch import Batch, build_batch
 from model.decoder import Decoder
 from model.errors import SamplingError

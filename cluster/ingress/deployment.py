@@ -21,7 +21,8 @@ from cluster.ingress.auth import Access, read_api_keys
 from cluster.ingress.heads import HeadPool
 from cluster.ingress.journal import Journal
 from cluster.ingress.prepare import ApiSettings
-from cluster.metrics import IngressMetrics, merge
+from cluster.merging import merge
+from cluster.metrics import IngressMetrics
 from cluster.placement import ClusterView
 from cluster.schema import Readiness, WorkerStatus
 from cluster.security import Security

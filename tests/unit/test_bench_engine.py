@@ -14,7 +14,7 @@ from cluster.bench.engine_report import as_json, profile_tables, rates_table
 from cluster.bench.profile import StepRecorder, mean_parts
 from cluster.errors import BenchError, ConfigurationError
 from cluster.head.stopwatch import Stopwatch
-from cluster.metrics import PARTS, StepStats
+from cluster.step_stats import PARTS, StepStats
 from model import Mixtral
 from model.batch import Span, build_batch
 from model.decoder import Decoder

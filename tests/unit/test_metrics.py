@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from prometheus_client.core import Sample
 from prometheus_client.parser import text_string_to_metric_families
 
-from cluster.metrics import HeadMetrics, IngressMetrics, StepStats, WorkerMetrics, merge
+from cluster.merging import merge
+from cluster.metrics import HeadMetrics, IngressMetrics, WorkerMetrics
+from cluster.step_stats import StepStats
 from model.units import Unit
 
 
