@@ -20,7 +20,7 @@ class Sample:
 
 
 _SAMPLE = re.compile(
-    r"(?P<name>[a-z_:][a-z0-9_:]*)\s*(?:\{(?P<labels>.*)\})?\s*(?P<value>\S+)(?:\s+-?[0-9]+)?",
+    r"(?P<name>[a-z_:][a-z0-9_:]*)(?:\s*\{(?P<labels>.*)\}\s*|\s+)(?P<value>\S+)(?:\s+-?[0-9]+)?",
     re.ASCII | re.IGNORECASE,
 )
 _LABEL = re.compile(

@@ -52,11 +52,20 @@ def transport_error(error: httpx.RequestError, request: httpx.Request) -> APIErr
     """No whole answer came."""
     server = f"{request.url.scheme}://{request.url.netloc.decode('ascii')}"
     if isinstance(error, httpx.ConnectTimeout):
-        connect_s = _timeout_s(request, "connect")
-        return APITimeoutError(f"no connection to {server} within {connect_s:g} s. {_IS_IT_UP}")
+        return APITimeoutError(f"no connection to {server}{_within(request, error)}. {_IS_IT_UP}")
+    if isinstance(error, httpx.WriteTimeout):
+        return APITimeoutError(
+            f"{_call(request)} could not be sent{_within(request, error)}: the server does not "
+            "read. Raise the client's timeout"
+        )
+    if isinstance(error, httpx.PoolTimeout):
+        return APITimeoutError(
+            f"{_call(request)} got no connection of the pool{_within(request, error)}: too many "
+            "requests at once. Raise the client's timeout, or the pool's limits"
+        )
     if isinstance(error, httpx.TimeoutException):
         return APITimeoutError(
-            f"{_call(request)} gave no answer in {_timeout_s(request, 'read'):g} s. "
+            f"{_call(request)} gave no answer{_within(request, error)}. "
             "Raise the client's timeout, ask for fewer tokens, or stream"
         )
     if isinstance(error, httpx.ConnectError | httpx.ProxyError):
@@ -158,7 +167,7 @@ def stream_broke_off(
     if error is None:
         how = "the connection was closed"
     elif isinstance(error, httpx.TimeoutException):
-        how = f"nothing came for {_timeout_s(response.request, 'read'):g} s"
+        how = f"nothing came{_within(response.request, error)}"
     else:
         how = _cause(error)
     return APIStreamError(
@@ -213,10 +222,18 @@ def _cause(error: httpx.RequestError) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _timeout_s(request: httpx.Request, phase: str) -> float:
-    """The bound in force for `connect` or `read`; httpx keeps it with each request."""
-    timeout_s: float = request.extensions["timeout"][phase]
-    return timeout_s
+def _within(request: httpx.Request, error: httpx.TimeoutException) -> str:
+    """The bound that was passed, which httpx keeps with each request; nothing if it was not ours.
+
+    Without a bound of ours the system's own may pass, of a peer that was cut off.
+    """
+    phases: dict[type[httpx.TimeoutException], str] = {
+        httpx.ConnectTimeout: "connect",
+        httpx.WriteTimeout: "write",
+        httpx.PoolTimeout: "pool",
+    }
+    timeout_s: float | None = request.extensions["timeout"][phases.get(type(error), "read")]
+    return "" if timeout_s is None else f" within {timeout_s:g} s"
 
 
 def _first(error: ValidationError) -> str:

@@ -44,7 +44,7 @@ def test_every_form_of_a_line(line: str, name: str, labels: dict[str, str], valu
 
 
 @pytest.mark.parametrize(
-    "line", ["<html>", "a", "a one", 'a{b="c} 1', 'a{b="c" d="e"} 1', "a{b} 1"]
+    "line", ["<html>", "a", "a5", "banan", "a one", 'a{b="c} 1', 'a{b="c" d="e"} 1', "a{b} 1"]
 )
 def test_a_line_that_is_no_sample_is_named(line: str) -> None:
     with pytest.raises(ValueError, match="no sample of a metric"):

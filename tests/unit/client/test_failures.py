@@ -97,7 +97,9 @@ def test_a_redirect_is_named_and_not_followed(way: Way) -> None:
         (httpx.ReadError("reset"), "APIConnectionError", "broke before the whole answer.*reset"),
         (httpx.RemoteProtocolError("gone"), "APIConnectionError", "broke before .*gone"),
         (httpx.ConnectTimeout("slow"), "APITimeoutError", "within 5 s.*`maestrale serve` running"),
-        (httpx.ReadTimeout("slow"), "APITimeoutError", "no answer in 600 s.*timeout"),
+        (httpx.ReadTimeout("slow"), "APITimeoutError", "no answer within 600 s.*timeout"),
+        (httpx.WriteTimeout("slow"), "APITimeoutError", "could not be sent within 600 s"),
+        (httpx.PoolTimeout("slow"), "APITimeoutError", "no connection of the pool within 600 s"),
         (
             httpx.DecodingError("not gzip"),
             "APIResponseValidationError",
@@ -122,3 +124,15 @@ def test_an_error_body_that_breaks_off_is_a_broken_connection(way: Way) -> None:
     with pytest.raises(errors.APIConnectionError, match="reset"):
         way.client(server).completions.create(prompt="a", stream=True)
     assert body.is_closed
+
+
+@pytest.mark.parametrize(
+    "error", [httpx.ConnectTimeout, httpx.ReadTimeout, httpx.WriteTimeout, httpx.PoolTimeout]
+)
+def test_a_timeout_that_is_the_systems_names_no_bound_of_ours(
+    way: Way, error: type[httpx.TimeoutException]
+) -> None:
+    client = way.client(Server(error("timed out")), timeout=httpx.Timeout(None))
+    with pytest.raises(errors.APITimeoutError) as caught:
+        client.completions.create(prompt="a")
+    assert " within " not in str(caught.value)

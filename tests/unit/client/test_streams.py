@@ -154,7 +154,7 @@ def test_a_stream_without_its_end_mark_broke_off(way: Way, end: bytes) -> None:
     [
         (httpx.RemoteProtocolError("incomplete chunked read"), "incomplete chunked read"),
         (httpx.ReadError("reset by peer"), "reset by peer"),
-        (httpx.ReadTimeout("timed out"), "nothing came for 600 s"),
+        (httpx.ReadTimeout("timed out"), "nothing came within 600 s"),
     ],
 )
 def test_a_connection_that_fails_in_a_stream_breaks_it_off(
