@@ -262,9 +262,13 @@ class MessagesReplies:
 
 
 def _block(call: CallDelta) -> ToolUseBlock:
-    """A call as a block, which cannot tell arguments that are cut off, or no object."""
+    """A call as a block, which cannot tell arguments that are cut off, no object, or no JSON.
+
+    Python reads infinities and half a surrogate pair; no answer could hold them.
+    """
     try:
         given = json.loads(call.arguments or "{}")
+        json.dumps(given, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError):
         given = {}
     return ToolUseBlock(

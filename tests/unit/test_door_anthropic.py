@@ -11,7 +11,9 @@ import pytest
 from anthropic.types import Message
 
 from cluster.errors import HeadUnavailableError
+from cluster.ingress import anthropic as door
 from cluster.ingress.auth import Access
+from cluster.ingress.tool_calls import CallDelta
 from tests.api_fakes import (
     CHAT,
     EOS,
@@ -280,6 +282,12 @@ def test_a_call_that_is_cut_off_has_no_arguments_and_says_why(caller: Api) -> No
     message = create(caller, tools=[WEATHER], max_tokens=cut)
     assert message.stop_reason == "max_tokens"
     assert [block.input for block in message.content] == [{}]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("value", ["NaN", "1e999", '"\\ud83d"', '{"\\ud83d": 1}'])
+def test_a_call_whose_arguments_no_answer_could_hold_has_none(value: str) -> None:
+    call = CallDelta(0, id="abcdefghi", name="weather", arguments=f'{{"city": {value}}}')
+    assert door._block(call).input == {}
 
 
 def test_parameters_reach_the_engine(api: Api) -> None:
