@@ -44,6 +44,9 @@ SERVICE = maestrale_pb2.DESCRIPTOR.services_by_name["Maestrale"].full_name
 DRAIN_S = 10.0
 """How long calls may go on when the ingress stops; below the 20 s after which Serve kills it."""
 
+MAX_DETAILS = 1_000
+"""Characters of an error's text: gRPC sends it as metadata, of which callers take 8 KiB."""
+
 HEALTH_PERIOD_S = 1.0
 """How often watchers of the health are told of a change."""
 
@@ -201,7 +204,7 @@ class UsersDoor(maestrale_pb2_grpc.MaestraleServicer):
             status = refusal.status
             code = _CODES.get(status, grpc.StatusCode.INTERNAL)
             trailers = tuple((key.lower(), value) for key, value in refusal.headers.items())
-            await context.abort(code, refusal.message, trailers)
+            await context.abort(code, refusal.message[:MAX_DETAILS], trailers)
         finally:
             seconds = time.perf_counter() - started
             self._metrics.observe_request(f"/{SERVICE}/{method}", status, seconds)
@@ -244,7 +247,8 @@ class _Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # untyped
     ) -> health_pb2.HealthCheckResponse:
         if request.service not in ("", SERVICE):
             await context.abort(
-                grpc.StatusCode.NOT_FOUND, f"no service {request.service!r}; there is {SERVICE}"
+                grpc.StatusCode.NOT_FOUND,
+                f"no service {request.service[:MAX_DETAILS]!r}; there is {SERVICE}",
             )
         return self._response(request.service)
 

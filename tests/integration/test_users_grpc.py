@@ -20,7 +20,7 @@ from cluster.ingress.answerer import Answerer
 from cluster.ingress.api import create_app
 from cluster.ingress.auth import Access
 from cluster.ingress.deployment import grpc_door
-from cluster.ingress.users_grpc import SERVICE, credentials_of, serving
+from cluster.ingress.users_grpc import MAX_DETAILS, SERVICE, credentials_of, serving
 from cluster.security import identity_of
 from protos import maestrale_pb2, maestrale_pb2_grpc
 from tests.api_fakes import (
@@ -228,6 +228,12 @@ def test_a_refusal_has_https_words(
     assert api.engine.journals == []
 
 
+def test_a_refusal_of_a_long_text_is_short_enough_to_arrive(call: Call) -> None:
+    error = refusal(call, generate(model="m" * 15_000))
+    assert error.code() == grpc.StatusCode.NOT_FOUND
+    assert len(error.details()) == MAX_DETAILS
+
+
 def test_before_a_head_is_ready_the_door_is_unavailable(api: Api, call: Call) -> None:
     api.engine.state = LOADING
     error = refusal(call, generate())
@@ -389,7 +395,7 @@ def test_the_health_is_that_of_the_service(api: Api, call: Call) -> None:
                 request = health_pb2.HealthCheckRequest(service=name)
                 found.append((await health.Check(request)).status)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await health.Check(health_pb2.HealthCheckRequest(service="other"))
+            await health.Check(health_pb2.HealthCheckRequest(service="other" * 3_000))
         assert caught.value.code() == grpc.StatusCode.NOT_FOUND
         return found
 
