@@ -287,6 +287,16 @@ class ServeConfig(BaseModel):
                 f"expert_quantization lists {len(self.worker_quantization)} workers, "
                 f"num_workers is {self.num_workers}"
             )
+        if self.num_workers % self.expert_slices:
+            raise ValueError(
+                f"num_workers is {self.num_workers}, no multiple of the {self.expert_slices} "
+                "workers that expert_slices cuts each expert over"
+            )
+        if self.num_workers < self.expert_copies * self.expert_slices:
+            raise ValueError(
+                f"num_workers is {self.num_workers}, too few for {self.expert_copies} copies of "
+                f"each expert in {self.expert_slices} slices"
+            )
         return self
 
     @property

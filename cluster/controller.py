@@ -127,7 +127,7 @@ class Controller:
             sizes, manifest = await asyncio.to_thread(self._read_checkpoint)
             living = LivingPlacement(sizes, names, drain_s=config.expert_timeout_s)
             living.proposal()()  # is there room at all?
-        except (MaestraleError, ModelError) as error:
+        except (MaestraleError, ModelError, OSError) as error:
             # Another start would fail the same way: say so, to whoever asks, until deleted.
             logger.error("nothing can be placed: %s", error)
             self._set_view(replace(self._view, phase="failed", error=str(error)))

@@ -222,3 +222,11 @@ def test_every_worker_may_hold_its_experts_in_another_form() -> None:
     assert settings.worker_quantization == ("nf4", None)
     with pytest.raises(ValidationError, match="lists 2 workers, num_workers is 3"):
         ServeConfig(expert_quantization=("int4", None), num_workers=3)
+
+
+def test_slices_and_copies_need_enough_workers() -> None:
+    assert ServeConfig(num_workers=4, expert_slices=2, expert_copies=2).expert_slices == 2
+    with pytest.raises(ValidationError, match="num_workers is 3, no multiple of the 2"):
+        ServeConfig(num_workers=3, expert_slices=2)
+    with pytest.raises(ValidationError, match="2, too few for 2 copies of each expert in 2 slices"):
+        ServeConfig(num_workers=2, expert_slices=2, expert_copies=2)
