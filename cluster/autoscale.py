@@ -1,9 +1,10 @@
 """How many heads and expert workers there should be, and which experts deserve another copy.
 
-Pure: the controller gathers signals, asks `decide` every second or so, and does what it says. Both
-sides are decided together, since more of the side that is hidden behind the other helps nobody: of
-a step, T_a is what heads compute, T_e what workers compute, T_c one way between them. While
-T_a < T_e + 2 T_c heads wait for experts, and it is the experts that must grow.
+Pure: whoever gathers signals asks `decide` every second or so and does what it says; so far only
+the tests' simulator does. Both sides are decided together, since more of the side that is hidden
+behind the other helps nobody: of a step, T_a is what heads compute, T_e what workers compute, T_c
+one way between them. While T_a < T_e + 2 T_c heads wait for experts, and it is the experts that
+must grow.
 """
 
 import math

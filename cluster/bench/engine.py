@@ -102,13 +102,16 @@ class EngineReport:
 
     dtype: str
     quantization: str | None
+    num_slices: int
     rows: list[Row]
     head_bytes: int | None
     worker_bytes: list[int | None]
 
 
 def measure(wanted: EnginePlan, on_progress: OnProgress) -> EngineReport:
-    """Carry out a plan. Raises ConfigurationError, BenchError, or what loading raises."""
+    """Carry out a plan. Raises ConfigurationError, BenchError, PlacementError where workers cannot
+    share the experts so, or what loading raises.
+    """
     torch.set_num_threads(wanted.num_threads)
     idle_bytes = pss_bytes(os.getpid())
     checkpoint = Checkpoint(
@@ -135,6 +138,7 @@ def measure(wanted: EnginePlan, on_progress: OnProgress) -> EngineReport:
         return EngineReport(
             dtype=str(checkpoint.dtype).removeprefix("torch."),
             quantization=checkpoint.expert_quantization,
+            num_slices=wanted.num_slices,
             rows=rows,
             head_bytes=above(pss_bytes(os.getpid()), idle_bytes) if is_alone else None,
             worker_bytes=[w.held_bytes for w in settings[0][2]] if is_alone else [],

@@ -80,7 +80,8 @@ def test_the_json_is_what_other_scripts_read(report: EngineReport) -> None:
     assert "sequences" not in prefill
     assert "prompt_tokens" not in one
     for row in found["rows"]:
-        assert (row["workers"], row["experts"], row["dtype"]) == (0, None, "float32")
+        assert (row["workers"], row["slices"]) == (0, 1)
+        assert (row["experts"], row["dtype"]) == (None, "float32")
         assert len(row["tokens_per_s"]) == 2
     memory = found["memory"]
     assert memory["worker_pss_bytes"] == []
