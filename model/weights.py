@@ -239,7 +239,10 @@ class Checkpoint:
         return {unit: self.load_unit(unit, on_bytes) for unit in units}
 
     def load_tensor(self, *names: str) -> Tensor:
-        """What the per-expert layout calls so, dense, stacked. Raises CheckpointError."""
+        """The tensors of these names in the per-expert layout, dense, one below the other.
+
+        Raises CheckpointError.
+        """
         return self._load(tuple(self.sources[name] for name in names), ignore_bytes)
 
     def _load_matrix(self, sources: Sources, mode: str | None, on_bytes: OnBytes) -> Weight:

@@ -213,20 +213,20 @@ def test_a_server_takes_connections_again_once_there_are_descriptors(
         assert_echoes(server)
 
 
-def test_a_connection_that_cannot_be_set_up_ends_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("owner", "method", "error"),
+    [
+        (socket.socket, "setblocking", OSError("no buffers")),
+        (threading.Thread, "start", RuntimeError("can't start new thread")),
+    ],
+    ids=["no socket", "no thread"],
+)
+def test_a_connection_that_cannot_be_served_ends_alone(
+    owner: type, method: str, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with serving(max_connections=1) as server:
         refused = socket.socket(socket.AF_UNIX)
-        refuse_once(monkeypatch, socket.socket, "setblocking", OSError("no buffers"))
-        refused.connect(f"\0{server.name}")
-        assert refused.recv(1) == b""
-        refused.close()
-        assert_echoes(server)
-
-
-def test_a_connection_that_can_have_no_thread_ends_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    with serving(max_connections=1) as server:
-        refused = socket.socket(socket.AF_UNIX)
-        refuse_once(monkeypatch, threading.Thread, "start", RuntimeError("can't start new thread"))
+        refuse_once(monkeypatch, owner, method, error)
         refused.connect(f"\0{server.name}")
         assert refused.recv(1) == b""
         refused.close()
