@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import RayActorError, RayError
+from ray.util import list_named_actors
 
 from cluster.config import ServeConfig
 from model.units import Unit
@@ -36,6 +37,22 @@ FIRST_WAIT_S = 1.0
 MAX_WAIT_S = 30.0
 """Before a worker that died before its first heartbeat is started again, doubled each time: what
 stopped it, such as a missing file on its node, is seldom gone at once."""
+
+
+def worker_name(app_name: str, index: int) -> str:
+    """Of an application's worker, by its number."""
+    return f"{app_name}-worker-{index}"
+
+
+def alive_workers(app_name: str) -> list[int]:
+    """Numbers of an application's workers that are alive. Asks Ray, and blocks meanwhile."""
+    prefix = worker_name(app_name, 0)[:-1]
+    names = [
+        actor["name"].removeprefix(prefix)
+        for actor in list_named_actors(all_namespaces=True)
+        if actor["namespace"] == NAMESPACE and actor["name"].startswith(prefix)
+    ]
+    return sorted(int(number) for number in names if number.isdecimal())
 
 
 class WorkerActor:
@@ -135,6 +152,13 @@ class WorkerActor:
         """End it, unless it has passed to another owner."""
         with suppress(RayError):
             await self._actor.release.remote(self._owner)
+
+    async def dismiss(self) -> None:
+        """End it: there are to be fewer."""
+        if self.incarnation is None:  # it may still wait for a node to start on
+            ray.kill(self._actor)
+        else:
+            await self.release()
 
     def _start(self) -> Any:
         """A handle of it; starts it if there is none of this name."""

@@ -14,18 +14,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import ray
 from ray import serve
-from ray.serve.config import HTTPOptions, ProxyLocation
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, HTTPOptions, ProxyLocation
 from ray.serve.schema import ApplicationStatus
-from ray.util import list_named_actors
 
-from cluster.actors import NAMESPACE
+from cluster.actors import NAMESPACE, alive_workers, worker_name
 from cluster.client import Client
 from cluster.config import ServeConfig, is_loopback
 from cluster.controller import Controller
 from cluster.errors import APIError, ConfigurationError, StartError
+from cluster.follow import as_heads_were_told
 from cluster.ingress.auth import KEYS_VARIABLE, read_api_keys
 from model.config import MixtralConfig
 from model.tokenizer import Tokenizer
@@ -67,7 +68,7 @@ def build(config: ServeConfig) -> serve.Application:
     )(Controller).bind(config)
     heads = serve.deployment(
         name="HeadReplica",
-        num_replicas=config.num_heads,
+        **_number_of_heads(config),
         max_ongoing_requests=_MANY,
         ray_actor_options={
             "num_cpus": config.head_cpus,
@@ -84,6 +85,21 @@ def build(config: ServeConfig) -> serve.Application:
         ray_actor_options={"num_cpus": 0},
         health_check_period_s=5,
     )(serve.ingress()(Ingress)).bind(config, controller, heads)
+
+
+def _number_of_heads(config: ServeConfig) -> dict[str, Any]:
+    """Serve's options for it: fixed, or what the controller says, as soon as it says so."""
+    if config.max_heads is None:
+        return {"num_replicas": config.num_heads}
+    return {
+        "autoscaling_config": AutoscalingConfig(
+            min_replicas=config.num_heads,
+            max_replicas=config.max_heads,
+            upscale_delay_s=0,
+            downscale_delay_s=0,
+            policy=AutoscalingPolicy(policy_function=as_heads_were_told),
+        )
+    }
 
 
 def check_checkpoint(config: ServeConfig) -> None:
@@ -266,15 +282,15 @@ def _ray(address: str | None, config: ServeConfig, *, verbose: bool) -> Iterator
 
 
 def _cpus_wanted(config: ServeConfig) -> float:
-    return config.num_workers * config.worker_cpus + config.num_heads * config.head_cpus
+    return config.most_workers * config.worker_cpus + config.most_heads * config.head_cpus
 
 
 def _resources_wanted(config: ServeConfig) -> dict[str, float]:
     """The custom resources of all heads and workers: on one machine they all are this node's."""
     wanted: dict[str, float] = {}
     for each, count in (
-        (config.head_resources, config.num_heads),
-        (config.worker_resources, config.num_workers),
+        (config.head_resources, config.most_heads),
+        (config.worker_resources, config.most_workers),
     ):
         for name, amount in each.items():
             wanted[name] = wanted.get(name, 0) + count * amount
@@ -288,18 +304,9 @@ def _stop_serving() -> None:
     """
     serve.delete(APP_NAME)
     deadline = time.monotonic() + RELEASE_TIMEOUT_S
-    while (names := _worker_names()) and time.monotonic() < deadline:
+    while (numbers := alive_workers(APP_NAME)) and time.monotonic() < deadline:
         time.sleep(0.1)
-    for name in names:
+    for name in (worker_name(APP_NAME, number) for number in numbers):
         logger.warning("%s did not end by itself and is killed", name)
         with suppress(ValueError):  # it has ended since it was listed
             ray.kill(ray.get_actor(name, namespace=NAMESPACE))
-
-
-def _worker_names() -> list[str]:
-    """Names of this application's workers that are alive."""
-    return [
-        actor["name"]
-        for actor in list_named_actors(all_namespaces=True)
-        if actor["namespace"] == NAMESPACE and actor["name"].startswith(f"{APP_NAME}-worker-")
-    ]

@@ -95,6 +95,18 @@ class ServeConfig(BaseModel):
     many as its 90 GB of experts take."""
     num_heads: int = Field(default=1, ge=1, le=256)
     """Head replicas. Each holds all non-expert weights and a KV cache of its own."""
+    max_workers: int | None = Field(default=None, ge=1, le=1024)
+    """Expert workers, at most: where heads wait for workers that compute all the time, more are
+    started, and let go when they idle, num_workers at least. None: no more than those."""
+    max_heads: int | None = Field(default=None, ge=1, le=256)
+    """Head replicas, at most: where their caches fill or sequences queue, more are started, and
+    let go when they idle, num_heads at least. None: no more than those."""
+    scale_up_after_s: float = Field(default=5.0, ge=0)
+    """How long heads or workers must have too much to do before more are started, seconds: longer
+    than one long prompt takes."""
+    scale_down_after_s: float = Field(default=300.0, ge=0)
+    """How long they must have too little to do before some are let go, seconds: starting them again
+    takes minutes with a large model."""
     num_ingresses: int = Field(default=1, ge=1, le=256)
     """Ingress replicas. They tokenise and stream, without touching torch."""
 
@@ -282,9 +294,10 @@ class ServeConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check_workers(self) -> Self:
-        if len(self.worker_quantization) != self.num_workers:
+        listed = self.expert_quantization
+        if isinstance(listed, tuple) and len(listed) != self.num_workers:
             raise ValueError(
-                f"expert_quantization lists {len(self.worker_quantization)} workers, "
+                f"expert_quantization lists {len(listed)} workers, "
                 f"num_workers is {self.num_workers}"
             )
         if self.num_workers % self.expert_slices:
@@ -299,12 +312,43 @@ class ServeConfig(BaseModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _check_scaling(self) -> Self:
+        if self.most_workers < self.num_workers:
+            raise ValueError(
+                f"max_workers is {self.max_workers}, below num_workers ({self.num_workers})"
+            )
+        if self.most_heads < self.num_heads:
+            raise ValueError(f"max_heads is {self.max_heads}, below num_heads ({self.num_heads})")
+        if self.most_workers > self.num_workers:
+            if isinstance(self.expert_quantization, tuple):
+                raise ValueError(
+                    "max_workers needs workers that hold their experts alike: one "
+                    "expert_quantization, not a list"
+                )
+            if self.expert_slices > 1:
+                raise ValueError(
+                    "max_workers and expert_slices exclude each other: a worker more or less would "
+                    "cut every expert anew"
+                )
+        return self
+
+    @property
+    def most_workers(self) -> int:
+        """Workers that there may ever be."""
+        return self.max_workers or self.num_workers
+
+    @property
+    def most_heads(self) -> int:
+        """Heads that there may ever be."""
+        return self.max_heads or self.num_heads
+
     @property
     def worker_quantization(self) -> tuple[Quantization | None, ...]:
         """How each worker holds its experts."""
         if isinstance(self.expert_quantization, tuple):
             return self.expert_quantization
-        return (self.expert_quantization,) * self.num_workers
+        return (self.expert_quantization,) * self.most_workers
 
     @property
     def network(self) -> Network:

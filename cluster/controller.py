@@ -14,14 +14,16 @@ from dataclasses import replace
 
 from ray import serve
 
-from cluster.actors import WorkerActor
+from cluster.actors import WorkerActor, alive_workers, worker_name
+from cluster.autoscale import Decision, Scaling, State, decide
 from cluster.config import ServeConfig
 from cluster.errors import MaestraleError
 from cluster.follow import WATCH_S, HeadReport
 from cluster.living import Change, LivingPlacement, Sizes
 from cluster.manifest import CACHE, Manifest
-from cluster.placement import ClusterView, HeadInfo
+from cluster.placement import ClusterView, HeadInfo, HeadsWanted
 from cluster.schema import Move, Rebalancing
+from cluster.signals import Observer
 from model.errors import ModelError
 
 logger = logging.getLogger(__name__)
@@ -38,6 +40,10 @@ HEAD_SILENT_AFTER_S = 6 * WATCH_S
 REBALANCE_EVERY_S = 30.0
 """How often it is asked whether another placement would pay."""
 
+SCALE_EVERY_S = 5.0
+"""How often it is asked how many heads and workers there should be: every head has reported at
+least twice meanwhile."""
+
 
 class Controller:
     """Carries out the living placement. All state belongs to the replica's event loop."""
@@ -47,7 +53,9 @@ class Controller:
         self._config = config
         self._app_name = serve.get_replica_context().app_name
         self._owner = secrets.token_hex(8)
-        self._workers: list[WorkerActor] = []
+        self._workers: dict[int, WorkerActor] = {}
+        self._are_missing = asyncio.Event()
+        """Workers are wanted that there are not."""
         self._living: LivingPlacement | None = None
         self._heads: dict[str, tuple[HeadReport, float]] = {}
         self._view = ClusterView(
@@ -93,7 +101,7 @@ class Controller:
         return Rebalancing(
             moves=[
                 Move(
-                    worker=self._workers[worker].name,
+                    worker=worker_name(self._app_name, worker),
                     layer=unit.layer,
                     expert=unit.expert_id,
                     slice_number=unit.slice_number,
@@ -115,17 +123,24 @@ class Controller:
     async def __del__(self) -> None:
         """Called by Serve before it ends the replica: release the workers that are still ours."""
         self._supervisor.cancel()
-        releases = [asyncio.ensure_future(worker.release()) for worker in self._workers]
+        releases = [asyncio.ensure_future(worker.release()) for worker in self._workers.values()]
         if releases:
             await asyncio.wait(releases, timeout=5)
 
     async def _supervise(self) -> None:
         """Start the workers and keep them; never returns."""
         config = self._config
-        names = [f"{self._app_name}-worker-{index}" for index in range(config.num_workers)]
+        names = [worker_name(self._app_name, index) for index in range(config.most_workers)]
+        # those that a controller before this one has added are still needed, for all it knows
+        num_alive = max(await asyncio.to_thread(alive_workers, self._app_name), default=-1) + 1
         try:
             sizes, manifest = await asyncio.to_thread(self._read_checkpoint)
-            living = LivingPlacement(sizes, names, drain_s=config.expert_timeout_s)
+            living = LivingPlacement(
+                sizes,
+                names,
+                drain_s=config.expert_timeout_s,
+                num_workers=min(max(config.num_workers, num_alive), config.most_workers),
+            )
             living.proposal()()  # is there room at all?
         except (MaestraleError, ModelError, OSError) as error:
             # Another start would fail the same way: say so, to whoever asks, until deleted.
@@ -133,14 +148,18 @@ class Controller:
             self._set_view(replace(self._view, phase="failed", error=str(error)))
             await asyncio.Event().wait()
         self._living = living
-        self._workers = [
-            WorkerActor(config, name, mode, self._owner)
-            for name, mode in zip(names, config.worker_quantization, strict=True)
-        ]
         async with asyncio.TaskGroup() as tasks:
-            for index, worker in enumerate(self._workers):
-                tasks.create_task(self._keep(index, worker, living, manifest))
             tasks.create_task(self._balance(living))
+            if config.max_heads or config.max_workers:
+                tasks.create_task(self._scale(living))
+            while True:
+                for index in set(range(living.num_workers)) - self._workers.keys():
+                    mode = config.worker_quantization[index]
+                    worker = WorkerActor(config, names[index], mode, self._owner)
+                    self._workers[index] = worker
+                    tasks.create_task(self._keep(index, worker, living, manifest))
+                self._are_missing.clear()
+                await self._are_missing.wait()
 
     def _read_checkpoint(self) -> tuple[Sizes, Manifest]:
         """What is to be placed, from the headers, and what was read of it before."""
@@ -158,7 +177,7 @@ class Controller:
             num_layers=model.num_hidden_layers,
             num_experts=model.num_local_experts,
             expert_bytes=tuple(as_held[mode].expert_bytes for mode in config.worker_quantization),
-            budgets=(config.worker_memory_bytes,) * config.num_workers,
+            budgets=(config.worker_memory_bytes,) * config.most_workers,
             num_copies=config.expert_copies,
             num_slices=config.expert_slices,
         )
@@ -167,8 +186,8 @@ class Controller:
     async def _keep(
         self, index: int, worker: WorkerActor, living: LivingPlacement, manifest: Manifest
     ) -> None:
-        """Hear from one worker again and again, and tell it what to hold."""
-        while True:
+        """Hear from one worker again and again, and tell it what to hold, until it may go."""
+        while not living.may_go(index):
             report = await worker.heartbeat(living.epoch)
             if report is None:
                 living.lose(index)
@@ -183,11 +202,16 @@ class Controller:
                 await worker.hold(orders, expected, is_wrong=len(sound) < len(report.held))
             beat_s = BEAT_S if living.is_settled else UNSETTLED_BEAT_S
             await asyncio.sleep(min(beat_s, self._config.lease_renewal_s))
+        logger.info("%s holds nothing that is asked for and is released", worker.name)
+        await worker.dismiss()
+        living.lose(index)
+        del self._workers[index]
+        self._are_missing.set()  # it may be wanted again since
 
     def _go_on(self, living: LivingPlacement) -> None:
         """Take the next step of the placement, if what is known now allows one."""
         now = time.monotonic()
-        if not living.is_planned and living.has_heard_all:
+        if living.needs_plan:
             self._adopt(living, living.proposal()())
         living.drain([head.epoch for head, _ in self._heads.values()], now)
         if (placement := living.publish(now)) is not None:
@@ -213,7 +237,51 @@ class Controller:
             len(change.moves),
             [round(share, 2) for share in change.after],
         )
-        living.adopt(change.table)
+        living.adopt(change)
+
+    async def _scale(self, living: LivingPlacement) -> None:
+        """Have as many heads and workers as the load asks for."""
+        config, observer, started = self._config, Observer(), time.monotonic()
+        settings = Scaling(
+            min_heads=config.num_heads,
+            max_heads=config.most_heads,
+            min_workers=config.num_workers,
+            max_workers=config.most_workers,
+            up_after_s=config.scale_up_after_s,
+            down_after_s=config.scale_down_after_s,
+            cooldown_s=min(Scaling.cooldown_s, config.scale_down_after_s),
+        )
+        state: State | None = None
+        while True:
+            await asyncio.sleep(SCALE_EVERY_S)
+            now = time.monotonic()
+            heads = [head for head, _ in self._heads.values()]
+            ready = {head.name: head.totals for head in heads if head.address}
+            signals = observer.look(ready, living.totals, now)
+            # A controller that starts anew must not take heads for gone that it has yet to hear.
+            if state is None and now - started > HEAD_SILENT_AFTER_S and self._view.placement:
+                num_heads = max(config.num_heads, len(heads))
+                state = State.of(num_heads=num_heads, num_workers=living.num_workers)
+            if state is not None:
+                decision, state = decide(state, signals, settings, now=now)
+                self._apply(decision, living)
+
+    def _apply(self, decision: Decision, living: LivingPlacement) -> None:
+        """See to it that there are so many heads and workers."""
+        logger.log(logging.INFO if decision.is_change else logging.DEBUG, "%s", decision.reason)
+        living.resize(decision.num_workers)
+        self._are_missing.set()
+        wanted = self._view.heads_wanted
+        if wanted is None or wanted.number != decision.num_heads:
+            wanted = HeadsWanted(decision.num_heads, time.time())
+        self._set_view(
+            replace(
+                self._view,
+                heads_expected=wanted.number,
+                heads_wanted=wanted,
+                scaling=decision.reason if decision.is_change else self._view.scaling,
+            )
+        )
 
     def _update_view(self) -> None:
         """Derive phase, percent and heads from what is known now."""
@@ -226,7 +294,8 @@ class Controller:
         heads = [report for report, _ in self._heads.values()]
         ready = tuple(HeadInfo(h.name, h.address) for h in heads if h.address)
         errors = [f"{head.name}: {head.error}" for head in heads if head.error]
-        errors += [f"{worker.name}: {worker.error}" for worker in self._workers if worker.error]
+        workers = self._workers.values()
+        errors += [f"{worker.name}: {worker.error}" for worker in workers if worker.error]
         if living is None:
             return  # nothing is planned yet, or nothing can be
         phase, percent = self._progress(living, has_head=bool(ready))
@@ -243,8 +312,8 @@ class Controller:
     def _progress(self, living: LivingPlacement, *, has_head: bool) -> tuple[str, int]:
         placement = self._view.placement
         if not living.is_planned:
-            num_heard = sum(worker.incarnation is not None for worker in self._workers)
-            return "starting expert workers", 10 * num_heard // len(self._workers)
+            num_heard = sum(w.incarnation is not None for w in self._workers.values())
+            return "starting expert workers", 10 * num_heard // living.num_workers
         if placement is None:
             num_loaded = living.num_wanted - living.num_missing
             return "loading experts", 10 + 80 * num_loaded // max(1, living.num_wanted)

@@ -6,12 +6,19 @@ If the controller is away, everybody goes on with the last view. Knows no Ray: t
 import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from cluster.placement import ClusterView
+from cluster.signals import HeadTotals
+
+if TYPE_CHECKING:
+    from ray.serve.config import AutoscalingContext
 
 logger = logging.getLogger(__name__)
+
+HEADS_WANTED, DECIDED_AT = "heads_wanted", "decided_at"
+"""What a head records for Serve: the controller's HeadsWanted."""
 
 WATCH_S = 2.0
 """The controller answers after this long even if nothing has changed."""
@@ -25,12 +32,28 @@ class HeadReport:
 
     address: where it takes requests, None while it is not ready. error: why it never will be.
     epoch: of the placement it goes by, 0 while it knows none.
+    totals: what it has done since its start.
     """
 
     name: str
     address: str | None = None
     error: str | None = None
     epoch: int = 0
+    totals: HeadTotals = field(default_factory=HeadTotals)
+
+
+def as_heads_were_told(context: "AutoscalingContext") -> tuple[int, dict[str, Any]]:
+    """Serve's policy for the number of heads: the latest decision that one of them has heard of.
+
+    Runs in Serve. A head that the controller does not reach goes on recording an older one.
+    """
+    recorded = context.raw_metrics
+    heard = [
+        (decided[-1].value, recorded[HEADS_WANTED][replica][-1].value)
+        for replica, decided in recorded.get(DECIDED_AT, {}).items()
+        if decided and recorded[HEADS_WANTED].get(replica)
+    ]
+    return int(max(heard)[1]) if heard else context.target_num_replicas, {}
 
 
 async def follow(

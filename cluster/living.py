@@ -13,6 +13,7 @@ from functools import cached_property
 from cluster.load import LoadTracker
 from cluster.placement import Copy, Placement, Table, WorkerInfo, WorkerReport, held_by
 from cluster.planning import busiest, moves, plan, rooms
+from cluster.signals import WorkerTotals
 from model.units import Unit
 
 
@@ -24,11 +25,13 @@ class Sizes:
     num_experts: int
     expert_bytes: tuple[int, ...]
     budgets: tuple[int | None, ...]
+    """Of every worker that there may ever be."""
     num_copies: int = 1
     num_slices: int = 1
 
     @property
     def num_workers(self) -> int:
+        """At most."""
         return len(self.budgets)
 
     @cached_property
@@ -44,6 +47,8 @@ class Change:
     """Another plan, and what it is expected to be good for."""
 
     table: Table
+    members: frozenset[int]
+    """The workers that it counts on."""
     moves: list[tuple[int, Unit]]
     """Worker and unit to load."""
     before: list[float]
@@ -73,11 +78,20 @@ class _Published:
 class LivingPlacement:
     """Wanted, held, published. Owned by the controller's event loop."""
 
-    def __init__(self, sizes: Sizes, names: Sequence[str], *, drain_s: float) -> None:
-        """names: of the workers. drain_s: how long heads that do not say that they have moved on
-        are waited for.
+    def __init__(
+        self,
+        sizes: Sizes,
+        names: Sequence[str],
+        *,
+        drain_s: float,
+        num_workers: int | None = None,
+    ) -> None:
+        """names: of all workers that there may be. num_workers: of those wanted at first; all, if
+        left out. drain_s: how long heads that do not say that they have moved on are waited for.
         """
         assert len(names) == sizes.num_workers
+        self.num_workers = sizes.num_workers if num_workers is None else num_workers
+        """How many are wanted. Those with higher numbers give away what they hold, and may go."""
         self.load = LoadTracker(sizes.num_layers, sizes.num_experts)
         self.epoch = 0
         self._sizes = sizes
@@ -85,6 +99,8 @@ class LivingPlacement:
         self._drain_s = drain_s
         self._reports: list[WorkerReport | None] = [None] * sizes.num_workers
         self._target: Table | None = None
+        self._members: frozenset[int] = frozenset()
+        """The workers that the target counts on."""
         self._published: _Published | None = None
         self._draining: list[_Published] = []
 
@@ -126,6 +142,17 @@ class LivingPlacement:
             if oldest <= old.placement.epoch and now - old.replaced_at < self._drain_s
         ]
 
+    @property
+    def totals(self) -> dict[int, WorkerTotals]:
+        """What the workers that heads ask have done since their start, by incarnation."""
+        asked = self._published.placement.workers if self._published else ()
+        incarnations = {worker.incarnation for worker in asked}
+        return {
+            report.incarnation: report.totals
+            for report in self._reports
+            if report is not None and report.incarnation in incarnations
+        }
+
     # --- what is wanted ---
 
     @property
@@ -134,8 +161,26 @@ class LivingPlacement:
 
     @property
     def has_heard_all(self) -> bool:
-        """Every worker lives and has reported."""
-        return None not in self._reports
+        """Every worker that is wanted lives and has reported."""
+        return None not in self._reports[: self.num_workers]
+
+    @property
+    def needs_plan(self) -> bool:
+        """There is none yet and could be one, or workers have come or are to go since."""
+        if self._target is None:
+            return self.has_heard_all
+        return self._members_now != self._members
+
+    @property
+    def _members_now(self) -> frozenset[int]:
+        """The workers that a plan may count on: a new one once it is heard of, and none that dies
+        is given up, since it will be replaced.
+        """
+        return frozenset(
+            worker
+            for worker in range(self.num_workers)
+            if self._target is None or worker in self._members or self._reports[worker] is not None
+        )
 
     @property
     def num_wanted(self) -> int:
@@ -170,31 +215,40 @@ class LivingPlacement:
         current = self._target or self._all_held()
         load = self.load.expected()
         nodes = [report.node if report else "" for report in self._reports]
+        members = sorted(self._members_now)
+        stays = _renumbered(current, {worker: n for n, worker in enumerate(members)})
 
         def find() -> Change:
-            table = plan(
+            planned = plan(
                 num_layers=sizes.num_layers,
                 num_experts=sizes.num_experts,
-                expert_bytes=sizes.expert_bytes,
-                budgets=sizes.budgets,
-                nodes=nodes,
+                expert_bytes=[sizes.expert_bytes[worker] for worker in members],
+                budgets=[sizes.budgets[worker] for worker in members],
+                nodes=[nodes[worker] for worker in members],
                 load=load,
-                current=current,
+                current=stays,
                 num_copies=sizes.num_copies,
                 num_slices=sizes.num_slices,
             )
+            table = _renumbered(planned, dict(enumerate(members)))
             return Change(
                 table,
+                frozenset(members),
                 moves(current, table, sizes.num_workers),
-                busiest(current, load, sizes.num_workers),
-                busiest(table, load, sizes.num_workers),
+                busiest(stays, load, len(members)),
+                busiest(planned, load, len(members)),
             )
 
         return find
 
-    def adopt(self, table: Table) -> None:
+    def adopt(self, change: Change) -> None:
         """Want this from now on."""
-        self._target = table
+        self._target, self._members = change.table, change.members
+
+    def resize(self, num_workers: int) -> None:
+        """Want so many workers from now on: a plan without the others, or with more, is needed."""
+        assert 0 < num_workers <= self._sizes.num_workers
+        self.num_workers = num_workers
 
     # --- what follows ---
 
@@ -222,6 +276,10 @@ class LivingPlacement:
             key=lambda u: (any(u in units for units in held), -load[u.layer][u.expert_id], u),
         )
         return (*kept, *missing[: max(0, self._sizes.rooms[worker] + 1 - len(kept))])
+
+    def may_go(self, worker: int) -> bool:
+        """It is not wanted any more, and no head may ask it for anything."""
+        return worker >= self.num_workers and not self.orders(worker)
 
     def publish(self, now: float) -> Placement | None:
         """The next placement, if anything has changed that heads must know.
@@ -321,10 +379,19 @@ def _other_copies(
 def _compact(table: Table) -> tuple[list[int], Table]:
     """The workers that hold something, and the table numbered by those."""
     used = sorted({w for layer in table for copies in layer for copy in copies for w in copy})
-    number = {worker: index for index, worker in enumerate(used)}
-    return used, tuple(
+    return used, _renumbered(table, {worker: index for index, worker in enumerate(used)})
+
+
+def _renumbered(table: Table, number: Mapping[int, int]) -> Table:
+    """A table by other numbers of the workers, without the copies of those that have none."""
+    return tuple(
         tuple(
-            tuple(tuple(number[worker] for worker in copy) for copy in copies) for copies in layer
+            tuple(
+                tuple(number[worker] for worker in copy)
+                for copy in copies
+                if all(worker in number for worker in copy)
+            )
+            for copies in layer
         )
         for layer in table
     )

@@ -3,7 +3,8 @@
 Each process keeps a registry of its own; the ingress merges the texts of all (`merging`).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Literal
 
 from prometheus_client import (
@@ -15,6 +16,7 @@ from prometheus_client import (
 )
 from prometheus_client.exposition import generate_latest
 
+from cluster.signals import HeadTotals, WorkerTotals
 from cluster.step_stats import StepStats
 from model.units import Unit
 
@@ -59,6 +61,8 @@ class HeadMetrics(ServerMetrics):
 
     def __init__(self) -> None:
         super().__init__("head")
+        self.totals = HeadTotals()
+        """For the controller, who scales by them. May be read from any thread."""
         self._tokens = Counter(
             "maestrale_step_tokens",
             "Tokens computed by forward passes, prompt and new",
@@ -127,6 +131,7 @@ class HeadMetrics(ServerMetrics):
         )
 
     def observe(self, stats: StepStats) -> None:
+        self.totals = self.totals.after(stats)
         self._tokens.inc(stats.num_tokens)
         self._emitted.inc(stats.num_emitted)
         self._reused.inc(stats.num_reused)
@@ -155,6 +160,7 @@ class HeadMetrics(ServerMetrics):
 
     def observe_idle(self, *, num_free_blocks: int) -> None:
         """No sequence is left."""
+        self.totals = replace(self.totals, kv_fill=0.0, num_waiting=0)
         self._running.set(0)
         self._waiting.set(0)
         self._free_blocks.set(num_free_blocks)
@@ -165,6 +171,8 @@ class WorkerMetrics(ServerMetrics):
 
     def __init__(self) -> None:
         super().__init__("expert")
+        self.totals = WorkerTotals()
+        """For the controller, who scales by them. May be read from any thread."""
         self._row_counts: dict[tuple[int, int], int] = {}
         self._rows = Counter(
             "maestrale_expert_rows",
@@ -186,9 +194,26 @@ class WorkerMetrics(ServerMetrics):
         self._seconds = Counter(
             "maestrale_expert_compute_seconds", "Time spent computing", registry=self.registry
         )
+        self._queued = Counter(
+            "maestrale_expert_queue_seconds",
+            "Time that calls waited for their computation to begin, all together",
+            registry=self.registry,
+        )
 
-    def observe_pass(self, counts: Iterable[tuple[Unit, int]], seconds: float) -> None:
-        """One grouped computation of some rows for each unit, possibly for several calls."""
+    def observe_pass(
+        self, counts: Iterable[tuple[Unit, int]], seconds: float, queued_s: Sequence[float]
+    ) -> None:
+        """One grouped computation of some rows for each unit. One thread at a time.
+
+        queued_s: how long each of the calls that it was for had waited.
+        """
+        waited_s = sum(queued_s)
+        self.totals = WorkerTotals(
+            busy_s=self.totals.busy_s + seconds,
+            num_calls=self.totals.num_calls + len(queued_s),
+            queued_s=self.totals.queued_s + waited_s,
+        )
+        self._queued.inc(waited_s)
         for unit, num_rows in counts:
             key = (unit.layer, unit.expert_id)
             self._row_counts[key] = self._row_counts.get(key, 0) + num_rows

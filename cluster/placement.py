@@ -6,6 +6,7 @@ Pure: no network, no clock, no torch. `planning` decides who is to hold what.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from cluster.signals import WorkerTotals
 from model.units import Unit
 
 Copy = tuple[int, ...]
@@ -40,6 +41,7 @@ class WorkerReport:
     num_bytes: of these.
     rows:      how many it has computed since its start, by layer and expert.
     error:     why it failed to load a unit, until it is told again what to hold.
+    totals:    what it has done since its start.
     """
 
     address: str
@@ -50,6 +52,7 @@ class WorkerReport:
     num_bytes: int
     rows: Mapping[tuple[int, int], int]
     error: str | None
+    totals: WorkerTotals = field(default_factory=WorkerTotals)
 
 
 @dataclass(frozen=True)
@@ -91,11 +94,22 @@ class HeadInfo:
 
 
 @dataclass(frozen=True)
+class HeadsWanted:
+    """How many heads Serve is to run, and since when: seconds since the epoch."""
+
+    number: int
+    decided_at: float
+
+
+@dataclass(frozen=True)
 class ClusterView:
     """What the controller tells everybody.
 
     version: grows with every change. phase, percent: how far the start has come, for people.
     error:   what keeps a worker or head from ever getting ready, or None.
+    heads_wanted: None: as many as Serve runs now, for the controller does not know yet, or never
+             scales.
+    scaling: the last change of their number, or of the workers', and why; None before the first.
     """
 
     version: int
@@ -105,6 +119,8 @@ class ClusterView:
     placement: Placement | None
     heads: tuple[HeadInfo, ...]
     heads_expected: int
+    heads_wanted: HeadsWanted | None = None
+    scaling: str | None = None
 
     @property
     def is_ready(self) -> bool:

@@ -26,6 +26,8 @@ class StepStats:
     num_tokens: int
     """Tokens computed, prompt and new."""
     num_sequences: int
+    fill: float
+    """How full it is: tokens or sequences, whichever is nearer to what a step may have."""
     num_emitted: int
     """New tokens."""
     num_reused: int

@@ -2,7 +2,7 @@
 
 A load is how many streams are open from when on: lines of `seconds,streams`, synthetic or recorded.
 The cluster is a few formulas, on purpose: queues where more arrives than is served, a start that
-takes time, draining that waits for streams. Run: python -m tests.scaling_simulator LOAD.csv
+takes time, heads that end when their streams have. Run: python -m tests.scaling_simulator LOAD.csv
 """
 
 import math
@@ -13,9 +13,6 @@ from pathlib import Path
 
 from cluster.autoscale import Decision, Scaling, State, decide
 from cluster.signals import HeadLoad, Signals, WorkerLoad
-
-NUM_EXPERTS = 8
-"""Of one layer: here all are alike."""
 
 Load = Sequence[tuple[float, int]]
 """From so many seconds on, so many streams are open."""
@@ -109,65 +106,39 @@ class Cluster:
                 stream.tokens_left -= 1 / (step_s[head.name] * slowed)
         heads = tuple(
             HeadLoad(
-                name=head.name,
                 kv_fill=len(running[head.name]) / self.model.places_per_head,
                 step_fill=len(running[head.name]) / self.model.places_per_head,
-                wait_s=max(
-                    (now - s.opened_at for s in head.streams[len(running[head.name]) :]),
-                    default=0.0,
-                ),
-                num_open=len(head.streams),
+                num_waiting=len(head.streams) - len(running[head.name]),
                 own_s=self.model.own_s / step_s[head.name] if head.streams else 0.0,
-                experts_s=expert_s[head.name] / step_s[head.name] if head.streams else 0.0,
-                transfer_s=self.model.transfer_s / step_s[head.name] + slowed - 1
+                away_s=1 - self.model.own_s / step_s[head.name] + slowed - 1
                 if head.streams
                 else 0.0,
-                is_draining=head.is_draining,
             )
-            for head in serving
+            for head in active
         )
         for head in serving:
             head.streams = [stream for stream in head.streams if stream.tokens_left > 0]
-        each = utilisation / NUM_EXPERTS
         workers = tuple(
-            WorkerLoad(
-                name=worker.name,
-                utilisation=utilisation,
-                queue_s=0.001 * utilisation / (1 - utilisation),
-                experts={(0, expert_id): each for expert_id in range(NUM_EXPERTS)},
-                expert_bytes=1,
-                free_bytes=0,
-                is_draining=worker.is_draining,
-            )
-            for worker in ready
+            WorkerLoad(utilisation=utilisation, queue_s=0.001 * utilisation / (1 - utilisation))
+            for _ in ready
         )
-        pending = wanted if not active else 0
-        return Signals(heads=heads, workers=workers, num_pending=pending)
+        return Signals(heads=heads, workers=workers)
 
     def apply(self, decision: Decision, now: float) -> None:
-        """Do as the controller would."""
-        for part in (*self.heads, *self.workers):
-            part.is_draining = part.name in decision.drain
-        empty = [head for head in self.heads if head.is_draining and not head.streams]
-        self.heads = [head for head in self.heads if head not in empty]
+        """Do as the controller and Serve would."""
+        self.heads = [head for head in self.heads if head.streams or not head.is_draining]
+        self._fit(self.heads, decision.num_heads, now=now, start_s=self.model.head_start_s)
+        self._fit(self.workers, decision.num_workers, now=now, start_s=self.model.worker_start_s)
         self.workers = [worker for worker in self.workers if not worker.is_draining]
-        self.heads = self._fitted(
-            self.heads, decision.num_heads, now=now, start_s=self.model.head_start_s
-        )
-        self.workers = self._fitted(
-            self.workers, decision.num_workers, now=now, start_s=self.model.worker_start_s
-        )
 
-    def _fitted(self, parts: list[Part], target: int, *, now: float, start_s: float) -> list[Part]:
-        """Start those that are missing; give up those that are too many and not there yet."""
+    def _fit(self, parts: list[Part], target: int, *, now: float, start_s: float) -> None:
+        """Start those that are missing; let those drain that are too many, the last first."""
         staying = [part for part in parts if not part.is_draining]
-        late = sorted((p for p in staying if p.ready_at > now), key=lambda part: -part.ready_at)
-        given_up = late[: max(0, len(staying) - target)]
-        parts = [part for part in parts if part not in given_up]
+        for part in staying[target:]:
+            part.is_draining = True
         for _ in range(target - len(staying)):
             self._num_started += 1
             parts.append(Part(f"part-{self._num_started:03d}", now + start_s))
-        return parts
 
 
 def replay(

@@ -49,6 +49,7 @@ class _Job:
     layer: int
     x_RD: Tensor
     assignments: Assignments
+    queued_at: float = field(default_factory=time.perf_counter)
     done: bool = False
     num_passed_over: int = 0
     sums_RD: Tensor | None = None
@@ -145,7 +146,8 @@ class Batcher:
             job.done = True
             begin += len(job.x_RD)
         seconds = time.perf_counter() - started
-        self.metrics.observe_pass(assignments.counts, seconds)
+        queued_s = [started - job.queued_at for job in jobs]
+        self.metrics.observe_pass(assignments.counts, seconds, queued_s)
 
 
 def join(jobs: list[_Job]) -> tuple[Tensor, Assignments]:

@@ -118,6 +118,7 @@ class ExpertWorker:
             held=self._loader.digests,
             num_bytes=self._loader.num_bytes,
             rows=self._metrics.row_counts(),
+            totals=self._metrics.totals,
             error=self._loader.error,
         )
 

@@ -271,6 +271,7 @@ class Engine:
             StepStats(
                 num_tokens=batch.num_tokens,
                 num_sequences=len(chunks),
+                fill=self._scheduler.fill(batch.num_tokens, len(chunks)),
                 num_emitted=sum(len(one.token_ids) for one in drawn),
                 num_reused=step.num_reused,
                 num_preempted=step.num_preempted,

@@ -19,7 +19,7 @@ from ray.util import get_node_ip_address
 
 from cluster import rpc
 from cluster.config import ServeConfig, listen_host
-from cluster.follow import HeadReport, follow
+from cluster.follow import DECIDED_AT, HEADS_WANTED, HeadReport, follow
 from cluster.head.build import new_compiler, new_engine
 from cluster.head.cross_check import CrossCheck
 from cluster.head.dispatch import RemoteExperts
@@ -29,7 +29,7 @@ from cluster.head.probe import pass_through_every_expert
 from cluster.head.service import HeadService
 from cluster.head.stopwatch import Stopwatch
 from cluster.metrics import HeadMetrics
-from cluster.placement import ClusterView
+from cluster.placement import ClusterView, HeadsWanted
 from cluster.security import Security
 from model.decoder import Decoder
 from model.weights import Checkpoint, torch_dtype
@@ -54,6 +54,8 @@ class HeadReplica:
         self._controller = controller
         self._report = HeadReport(self._name)
         self._feed = PlacementFeed()
+        self._metrics = HeadMetrics()
+        self._wanted: HeadsWanted | None = None
         self._experts: RemoteExperts | None = None
         self._is_stopping = threading.Event()
         self._engine: Engine | None = None
@@ -71,6 +73,12 @@ class HeadReplica:
         """Called by Serve; a head whose engine has ended is replaced."""
         if self._report.error:
             raise RuntimeError(self._report.error)
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Serve, whose policy (app.py) follows the controller in this way."""
+        if self._wanted is None:
+            return {}
+        return {HEADS_WANTED: self._wanted.number, DECIDED_AT: self._wanted.decided_at}
 
     async def __del__(self) -> None:
         """Called by Serve before it ends the replica: let others take its requests, then stop."""
@@ -98,12 +106,13 @@ class HeadReplica:
             await asyncio.sleep(0.05)
 
     def _on_view(self, view: ClusterView) -> None:
+        self._wanted = view.heads_wanted or self._wanted
         if view.placement is not None:
             self._feed.put(view.placement)
 
     def _report_now(self) -> HeadReport:
         epoch = self._experts.epoch if self._experts else None
-        return replace(self._report, epoch=epoch or 0)
+        return replace(self._report, epoch=epoch or 0, totals=self._metrics.totals)
 
     def _run(self) -> None:
         """The engine thread's life."""
@@ -131,7 +140,7 @@ class HeadReplica:
             attention=config.attention,
             phases=stopwatch,
         )
-        metrics = HeadMetrics()
+        metrics = self._metrics
         fingerprint = rpc.fingerprint(checkpoint.config, config.dtype)
         identity = rpc.Identity(self._name, fingerprint, security)
         self._experts = experts = RemoteExperts(

@@ -122,6 +122,10 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self.running or self.waiting)
 
+    def fill(self, num_tokens: int, num_sequences: int) -> float:
+        """How full such a step is: of the tokens or of the sequences that it may have."""
+        return max(num_tokens / self._max_tokens_per_step, num_sequences / self._max_running)
+
     def can_ever_fit(self, sequence: Sequence) -> bool:
         """Whether the whole cache would hold this sequence."""
         return self._blocks_of(sequence.max_len) <= self.pool.num_blocks

@@ -171,6 +171,7 @@ class Cluster:
             experts_missing=placement.num_missing if placement else 0,
             heads_ready=num_ready,
             heads_expected=view.heads_expected,
+            scaling=view.scaling,
             workers=[
                 WorkerStatus(
                     name=worker.name,

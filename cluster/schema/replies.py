@@ -279,6 +279,8 @@ class Readiness(Reply):
     """Experts that nobody holds now; rows for them wait until they are loaded again."""
     heads_ready: int
     heads_expected: int
+    scaling: str | None = None
+    """The last change of the number of heads or workers, and why."""
     workers: list[WorkerStatus]
 
 

@@ -15,62 +15,49 @@ NUM_HEADS, NUM_WORKERS = 2, 4
 LONG_AGO = -1000.0
 
 shares = st.floats(0, 1)
-
-
-def head(number: int = 0, **fields: float) -> HeadLoad:
-    """A head with little to do, that waits as long for experts as it computes itself."""
-    facts: dict[str, float] = {"kv_fill": 0.5, "step_fill": 0.5, "wait_s": 0, "num_open": 1}
-    facts |= {"own_s": 0.5, "experts_s": 0.25, "transfer_s": 0.25} | fields
-    return HeadLoad(name=f"head-{number}", **facts)  # type: ignore[arg-type]
-
-
-def worker(number: int = 0, utilisation: float = 0.5, **fields: object) -> WorkerLoad:
-    """A worker that computes one expert of its own in each of two layers, and has no room."""
-    experts = {(layer, number): utilisation / 2 for layer in range(2)}
-    facts: dict[str, object] = {"queue_s": 0.0, "experts": experts, "expert_bytes": 10}
-    facts |= {"free_bytes": 0} | fields
-    return WorkerLoad(name=f"worker-{number}", utilisation=utilisation, **facts)  # type: ignore[arg-type]
+counts = st.integers(0, 9)
 
 
 def seen(head_facts: dict[str, float], utilisation: float = 0.5, queue_s: float = 0.0) -> Signals:
+    """Heads with little to do, that wait as long for experts as they compute, unless told."""
+    facts: dict[str, float] = {"kv_fill": 0.5, "step_fill": 0.5, "num_waiting": 0}
+    facts |= {"own_s": 0.5, "away_s": 0.5} | head_facts
     return Signals(
-        heads=tuple(head(number, **head_facts) for number in range(NUM_HEADS)),
-        workers=tuple(
-            worker(number, utilisation, queue_s=queue_s) for number in range(NUM_WORKERS)
-        ),
+        heads=(HeadLoad(**facts),) * NUM_HEADS,  # type: ignore[arg-type]
+        workers=(WorkerLoad(utilisation=utilisation, queue_s=queue_s),) * NUM_WORKERS,
     )
 
 
 def patient_state(*, is_pressed: bool = True) -> State:
     """Pressure, or calm, has lasted for long."""
     since = {"pressed_since": LONG_AGO} if is_pressed else {"calm_since": LONG_AGO}
-    return State(Side(NUM_HEADS, **since), Side(NUM_WORKERS, **since), {})  # type: ignore[arg-type]
+    return State(Side(NUM_HEADS, **since), Side(NUM_WORKERS, **since))
 
 
 def decided(signals: Signals, state: State | None = None, scaling: Scaling = SETTINGS) -> Decision:
     return decide(state or patient_state(), signals, scaling, now=0.0)[0]
 
 
-EXPERTS_EXPOSED = {"own_s": 0.2, "experts_s": 0.6, "transfer_s": 0.2}
-HEADS_EXPOSED = {"own_s": 0.8, "experts_s": 0.1, "transfer_s": 0.1}
-NETWORK_EXPOSED = {"own_s": 0.2, "experts_s": 0.1, "transfer_s": 0.7}
+MUST_WAIT = {"own_s": 0.2, "away_s": 0.8}
+"""For experts or the network, whichever: the workers' utilisation tells."""
+NEED_NOT_WAIT = {"own_s": 0.8, "away_s": 0.2}
 
 
 # --- which side grows ---
 
 
 def test_a_full_kv_cache_always_asks_for_heads() -> None:
-    for exposed in (EXPERTS_EXPOSED, HEADS_EXPOSED, NETWORK_EXPOSED):
+    for exposed in (MUST_WAIT, NEED_NOT_WAIT):
         assert decided(seen({"kv_fill": 0.95, **exposed})).num_heads == 3  # 2 * 0.95 / 0.65
 
 
-@pytest.mark.parametrize("symptom", [{"step_fill": 0.95}, {"wait_s": 1.5}])
+@pytest.mark.parametrize("symptom", [{"step_fill": 0.95}, {"num_waiting": 1}])
 @pytest.mark.parametrize(
     ("exposed", "utilisation", "heads_grow", "workers_grow"),
     [
-        (HEADS_EXPOSED, 0.8, True, False),
-        (EXPERTS_EXPOSED, 0.8, False, True),
-        (NETWORK_EXPOSED, 0.1, True, False),
+        (NEED_NOT_WAIT, 0.8, True, False),
+        (MUST_WAIT, 0.8, False, True),
+        (MUST_WAIT, 0.1, True, False),
     ],
 )
 def test_what_queues_at_the_heads_grows_the_exposed_side(
@@ -89,8 +76,8 @@ def test_what_queues_at_the_heads_grows_the_exposed_side(
 def test_busy_workers_are_joined_by_more_only_where_heads_wait_for_them(
     utilisation: float, queue_s: float
 ) -> None:
-    assert decided(seen(EXPERTS_EXPOSED, utilisation, queue_s)).num_workers > NUM_WORKERS
-    assert decided(seen(HEADS_EXPOSED, utilisation, queue_s)).num_workers == NUM_WORKERS
+    assert decided(seen(MUST_WAIT, utilisation, queue_s)).num_workers > NUM_WORKERS
+    assert decided(seen(NEED_NOT_WAIT, utilisation, queue_s)).num_workers == NUM_WORKERS
 
 
 def test_growth_aims_at_the_target_and_at_most_doubles() -> None:
@@ -99,84 +86,14 @@ def test_growth_aims_at_the_target_and_at_most_doubles() -> None:
     assert decided(kv, scaling=replace(SETTINGS, target=0.1)).num_heads == 2 * NUM_HEADS
 
 
-# --- hot experts ---
-
-
-def hot_cluster(**cool: object) -> Signals:
-    """Worker 0 is busy with one expert; the others have time, and room unless told otherwise."""
-    busy = worker(0, 0.9, experts={(0, 0): 0.85, (1, 0): 0.05})
-    others = (worker(number, 0.1, **{"free_bytes": 10, **cool}) for number in (1, 2, 3))
-    return Signals(heads=(head(0, **EXPERTS_EXPOSED),) * NUM_HEADS, workers=(busy, *others))
-
-
-def test_a_hot_expert_gets_a_copy_where_there_is_room_and_time() -> None:
-    decision = decided(hot_cluster())
-    assert (decision.num_workers, decision.copies) == (NUM_WORKERS, {(0, 0): 2})
-    assert "another copy of 1 experts" in decision.reason
-    assert "(0 of layer 0)" in decision.reason
-
-
-@pytest.mark.parametrize("cool", [{"free_bytes": 9}, {"utilisation": 0.6}])
-def test_without_room_or_time_elsewhere_a_worker_comes_instead(cool: dict[str, float]) -> None:
-    utilisation = cool.pop("utilisation", 0.1)
-    signals = hot_cluster(**cool)
-    others = tuple(replace(w, utilisation=utilisation) for w in signals.workers[1:])
-    decision = decided(replace(signals, workers=(signals.workers[0], *others)))
-    assert decision.num_workers > NUM_WORKERS
-    assert decision.copies == {}
-
-
-def test_the_bound_on_workers_does_not_keep_a_hot_expert_from_a_copy() -> None:
-    decision = decided(hot_cluster(), scaling=replace(SETTINGS, max_workers=NUM_WORKERS))
-    assert decision.copies == {(0, 0): 2}
-
-
-def test_experts_that_are_hot_but_little_used_are_not_worth_a_copy() -> None:
-    busy = worker(0, 0.9, experts={(0, 0): 0.06, (1, 0): 0.84})
-    others = tuple(
-        worker(number, 0.85, experts={(0, number): 0.01, (1, number): 0.84}, free_bytes=10)
-        for number in (1, 2)
-    )
-    idle = worker(3, 0.0, experts={}, free_bytes=10)
-    signals = Signals(heads=(head(0, **EXPERTS_EXPOSED),), workers=(busy, *others, idle))
-    decision = decided(signals)
-    assert (decision.num_workers > NUM_WORKERS, decision.copies) == (True, {})
-
-
-def test_every_layer_may_copy_its_busiest_expert_while_there_is_room() -> None:
-    busy = worker(0, 0.9, experts={(layer, 0): 0.3 for layer in range(3)})
-    others = tuple(
-        worker(n, 0.03, experts={(layer, n): 0.01 for layer in range(3)}, free_bytes=10)
-        for n in (1, 2)
-    )
-    signals = Signals(heads=(head(0, **EXPERTS_EXPOSED),), workers=(busy, *others))
-    state = replace(patient_state(), workers=Side(3, pressed_since=LONG_AGO))
-    assert decided(signals, state).copies == {(0, 0): 2, (1, 0): 2}
-
-
-def test_an_even_load_has_no_hot_expert() -> None:
-    signals = seen(EXPERTS_EXPOSED, 0.9)
-    roomy = tuple(replace(each, free_bytes=None) for each in signals.workers)
-    assert decided(replace(signals, workers=roomy)).copies == {}
-
-
-def test_copies_go_before_workers() -> None:
-    calm = replace(patient_state(is_pressed=False), copies={(0, 0): 2})
-    decision, after = decide(calm, seen({}, 0.05), SETTINGS, now=0.0)
-    assert (decision.num_workers, decision.copies) == (NUM_WORKERS, {})
-    state = replace(after, workers=replace(after.workers, calm_since=LONG_AGO))
-    later, _ = decide(state, seen({}, 0.05), SETTINGS, now=SETTINGS.cooldown_s)
-    assert later.num_workers == SETTINGS.min_workers
-
-
 # --- laws ---
 
 
-@given(kv=shares, step=shares, wait_s=st.floats(0, 99), used=shares, queue_s=shares, own=shares)
+@given(kv=shares, step=shares, num_waiting=counts, used=shares, queue_s=shares, own=shares)
 def test_bounds_hold_whatever_is_seen(
-    kv: float, step: float, wait_s: float, used: float, queue_s: float, own: float
+    kv: float, step: float, num_waiting: int, used: float, queue_s: float, own: float
 ) -> None:
-    facts = {"kv_fill": kv, "step_fill": step, "wait_s": wait_s, "own_s": own}
+    facts = {"kv_fill": kv, "step_fill": step, "num_waiting": num_waiting, "own_s": own}
     scaling = Scaling(min_heads=2, max_heads=3, min_workers=3, max_workers=5)
     for is_pressed in (True, False):
         decision = decided(
@@ -187,9 +104,9 @@ def test_bounds_hold_whatever_is_seen(
 
 
 @given(
-    load=st.tuples(shares, shares, st.floats(0, 2)),
-    more=st.tuples(shares, shares, st.floats(0, 2)),
-    exposed=st.sampled_from([HEADS_EXPOSED, EXPERTS_EXPOSED, NETWORK_EXPOSED]),
+    load=st.tuples(shares, shares, counts),
+    more=st.tuples(shares, shares, counts),
+    exposed=st.sampled_from([NEED_NOT_WAIT, MUST_WAIT]),
     used=shares,
     is_pressed=st.booleans(),
 )
@@ -200,7 +117,7 @@ def test_more_load_on_heads_never_lowers_either_target(
     used: float,
     is_pressed: bool,
 ) -> None:
-    names = ("kv_fill", "step_fill", "wait_s")
+    names = ("kv_fill", "step_fill", "num_waiting")
     less = dict(zip(names, load, strict=True))
     at_least = {name: max(less[name], m) for name, m in zip(names, more, strict=True)}
     state = patient_state(is_pressed=is_pressed)
@@ -215,8 +132,8 @@ def test_more_load_on_workers_never_lowers_their_target(
     used: float, more: float, queue_s: float, more_s: float, is_pressed: bool
 ) -> None:
     state = patient_state(is_pressed=is_pressed)
-    low = decided(seen(EXPERTS_EXPOSED, used, queue_s), state)
-    high = decided(seen(EXPERTS_EXPOSED, max(used, more), max(queue_s, more_s)), state)
+    low = decided(seen(MUST_WAIT, used, queue_s), state)
+    high = decided(seen(MUST_WAIT, max(used, more), max(queue_s, more_s)), state)
     assert high.num_workers >= low.num_workers
 
 
@@ -261,62 +178,11 @@ def test_heads_that_are_still_to_come_are_waited_for() -> None:
     assert "1 still to come" in decision.reason
 
 
-# --- draining ---
-
-
-def test_those_with_least_to_do_are_drained() -> None:
-    heads = (head(0, num_open=3, kv_fill=0.1, step_fill=0.1), head(1, num_open=1, kv_fill=0.1))
-    signals = Signals(
-        heads=heads, workers=tuple(worker(n, 0.05 + 0.01 * n) for n in range(NUM_WORKERS))
-    )
-    heads = tuple(replace(each, step_fill=0.1) for each in heads)
-    decision = decided(replace(signals, heads=heads), patient_state(is_pressed=False))
-    assert decision.num_heads == 1
-    assert set(decision.drain) == {"head-1", "worker-0", "worker-1"}
-
-
-def test_one_that_drains_goes_on_draining_and_is_the_first_to_come_back() -> None:
-    draining = replace(head(0, num_open=5), is_draining=True)
-    signals = Signals(heads=(draining, head(1, num_open=1)), workers=seen({}).workers)
-    state = State.of(num_heads=1, num_workers=NUM_WORKERS)
-    assert decided(signals, state).drain == ("head-0",)
-    assert decided(signals, replace(state, heads=Side(2))).drain == ()
-
-
-# --- to zero and back ---
-
-SLEEPY = replace(SETTINGS, zero_after_s=60.0)
-IDLE = Signals(heads=(head(0, num_open=0), head(1, num_open=0)), workers=seen({}).workers)
-
-
-def test_an_idle_cluster_sleeps_and_wakes_with_the_first_request() -> None:
-    state = State.of(num_heads=NUM_HEADS, num_workers=NUM_WORKERS)
-    for now in (0.0, 59.0):
-        decision, state = decide(state, IDLE, SLEEPY, now=now)
-        assert decision.num_heads == NUM_HEADS
-    decision, state = decide(state, IDLE, SLEEPY, now=60.0)
-    assert (decision.num_heads, decision.num_workers) == (0, 0)
-    assert len(decision.drain) == NUM_HEADS + NUM_WORKERS
-    nobody = Signals(heads=(), workers=())
-    decision, state = decide(state, nobody, SLEEPY, now=1000.0)
-    assert (decision.is_change, decision.reason) == (False, "Asleep: no request has come.")
-    decision, _ = decide(state, replace(nobody, num_pending=1), SLEEPY, now=1001.0)
-    assert (decision.num_heads, decision.num_workers) == (1, SLEEPY.min_workers)
-
-
-def test_a_request_starts_the_time_anew() -> None:
-    state = State.of(num_heads=NUM_HEADS, num_workers=NUM_WORKERS)
-    _, state = decide(state, IDLE, SLEEPY, now=0.0)
-    _, state = decide(state, replace(IDLE, num_pending=1), SLEEPY, now=59.0)
-    decision, _ = decide(state, IDLE, SLEEPY, now=61.0)
-    assert decision.num_heads > 0
-
-
-def test_without_the_option_nothing_sleeps_and_a_sleeper_wakes() -> None:
-    state = State.of(num_heads=0, num_workers=0)
-    decision = decided(Signals(heads=(), workers=()), state)
-    assert (decision.num_heads, decision.num_workers) == (1, SETTINGS.min_workers)
-    state = State.of(num_heads=NUM_HEADS, num_workers=NUM_WORKERS)
-    for now in (0.0, 100_000.0):
-        decision, state = decide(state, IDLE, SETTINGS, now=now)
-    assert decision.num_heads >= 1
+def test_those_that_are_still_to_go_are_waited_for() -> None:
+    state = replace(patient_state(is_pressed=False), workers=Side(3, calm_since=LONG_AGO))
+    idle = seen({}, 0.05)
+    decision, after = decide(state, idle, SETTINGS, now=0.0)
+    assert decision.num_workers == 3
+    gone = replace(idle, workers=idle.workers[:3])
+    state = replace(after, workers=replace(after.workers, calm_since=LONG_AGO))
+    assert decide(state, gone, SETTINGS, now=1.0)[0].num_workers == SETTINGS.min_workers

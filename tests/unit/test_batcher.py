@@ -1,7 +1,7 @@
 """Calls that are computed together get what each would get alone."""
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -50,8 +50,10 @@ class Passes(WorkerMetrics):
         super().__init__()
         self.passes: list[dict[Unit, int]] = []
 
-    def observe_pass(self, counts: Iterable[tuple[Unit, int]], seconds: float) -> None:
-        super().observe_pass(counts, seconds)
+    def observe_pass(
+        self, counts: Iterable[tuple[Unit, int]], seconds: float, queued_s: Sequence[float]
+    ) -> None:
+        super().observe_pass(counts, seconds, queued_s)
         self.passes.append(dict(counts))
 
 

@@ -224,6 +224,20 @@ def test_every_worker_may_hold_its_experts_in_another_form() -> None:
         ServeConfig(expert_quantization=("int4", None), num_workers=3)
 
 
+def test_scaling_needs_bounds_in_order_and_workers_alike() -> None:
+    settings = ServeConfig(num_workers=2, max_workers=4, num_heads=2)
+    assert (settings.most_workers, settings.most_heads) == (4, 2)
+    assert settings.worker_quantization == (None,) * 4
+    with pytest.raises(ValidationError, match=r"max_workers is 1, below num_workers \(2\)"):
+        ServeConfig(num_workers=2, max_workers=1)
+    with pytest.raises(ValidationError, match=r"max_heads is 1, below num_heads \(2\)"):
+        ServeConfig(num_heads=2, max_heads=1)
+    with pytest.raises(ValidationError, match="hold their experts alike"):
+        ServeConfig(max_workers=3, expert_quantization=("int4", None))
+    with pytest.raises(ValidationError, match="max_workers and expert_slices exclude each other"):
+        ServeConfig(num_workers=2, expert_slices=2, max_workers=4)
+
+
 def test_slices_and_copies_need_enough_workers() -> None:
     assert ServeConfig(num_workers=4, expert_slices=2, expert_copies=2).expert_slices == 2
     with pytest.raises(ValidationError, match="num_workers is 3, no multiple of the 2"):

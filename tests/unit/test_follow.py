@@ -3,12 +3,14 @@
 import asyncio
 from contextlib import suppress
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.serve._private.common import TimeStampedValue
 
 from cluster import follow as follow_module
-from cluster.follow import HeadReport, follow
+from cluster.follow import DECIDED_AT, HEADS_WANTED, HeadReport, as_heads_were_told, follow
 from cluster.placement import ClusterView, HeadInfo, Placement
 
 STARTING = ClusterView(1, "starting expert workers", 0, None, None, (), 1)
@@ -113,3 +115,32 @@ def test_a_report_that_fails_is_not_the_controllers_fault(caplog: pytest.LogCapt
     assert views == [READY]
     assert "RuntimeError: a fault of the report" in caplog.text
     assert "does not answer" not in caplog.text
+
+
+# --- how many heads Serve runs ---
+
+
+def told(**heads: tuple[float, float]) -> int:
+    """What Serve's policy makes of the last decision that each head has heard of: its time, and
+    the number of heads. Before, each had heard of an older one; five are wanted so far.
+    """
+    recorded = {
+        DECIDED_AT: {
+            head: [TimeStampedValue(1, 0), TimeStampedValue(2, at)]
+            for head, (at, _) in heads.items()
+        },
+        HEADS_WANTED: {
+            head: [TimeStampedValue(1, 99), TimeStampedValue(2, number)]
+            for head, (_, number) in heads.items()
+        },
+    }
+    context: Any = SimpleNamespace(target_num_replicas=5, raw_metrics=recorded if heads else {})
+    number, state = as_heads_were_told(context)
+    assert state == {}
+    return number
+
+
+def test_serve_runs_as_many_heads_as_the_latest_decision_says() -> None:
+    assert told() == 5
+    assert told(first=(10.0, 2)) == 2
+    assert told(first=(10.0, 2), second=(20.0, 3), third=(15.0, 4)) == 3

@@ -55,11 +55,14 @@ class FakeWorker:
 class Cluster:
     """A controller without Ray: workers, one head and the living placement, beat by beat."""
 
-    def __init__(self, sizes: Sizes) -> None:
+    def __init__(self, sizes: Sizes, num_workers: int | None = None) -> None:
         self.sizes = sizes
-        self.workers: list[FakeWorker | None] = [
-            FakeWorker(index, 100 + index, sizes.rooms[index]) for index in range(sizes.num_workers)
-        ]
+        self.num_workers = sizes.num_workers if num_workers is None else num_workers
+        """At the start of the next controller."""
+        self.workers: list[FakeWorker | None] = [None] * sizes.num_workers
+        self.num_started = 0
+        for index in range(self.num_workers):
+            self.restart_worker(index)
         self.now = 0.0
         self.placements: list[Placement] = []
         self.head_follows = True
@@ -68,10 +71,19 @@ class Cluster:
 
     def restart_controller(self) -> None:
         names = [f"worker-{index}" for index in range(self.sizes.num_workers)]
-        self.living = LivingPlacement(self.sizes, names, drain_s=DRAIN_S)
+        self.living = LivingPlacement(
+            self.sizes, names, drain_s=DRAIN_S, num_workers=self.num_workers
+        )
 
     def restart_worker(self, index: int) -> None:
-        self.workers[index] = FakeWorker(index, 200 + index, self.sizes.rooms[index])
+        self.num_started += 1
+        self.workers[index] = FakeWorker(index, 100 + self.num_started, self.sizes.rooms[index])
+
+    def resize(self, num_workers: int) -> None:
+        self.living.resize(num_workers)
+        for index in range(num_workers):
+            if self.workers[index] is None:
+                self.restart_worker(index)
 
     def beat(self) -> None:
         self.now += 1
@@ -82,13 +94,16 @@ class Cluster:
                 worker.load_one()
                 worker.epoch = max(worker.epoch, self.living.epoch)
                 self.living.hear(index, worker.report())
-            if not self.living.is_planned and self.living.has_heard_all:
-                self.living.adopt(self.living.proposal()().table)
+            if self.living.needs_plan:
+                self.living.adopt(self.living.proposal()())
             self.living.drain([self.head_epoch], self.now)
             if (placement := self.living.publish(self.now)) is not None:
                 self.placements.append(placement)
             if worker is not None:
                 worker.hold(self.living.orders(index))
+            if self.living.may_go(index):
+                self.workers[index] = None
+                self.living.lose(index)
             self.check()
         if self.head_follows and self.placements:
             self.head_epoch = self.placements[-1].epoch
@@ -129,7 +144,7 @@ class Cluster:
                 worker.rows[layer, expert_id] = worker.rows.get((layer, expert_id), 0) + count
         self.living.hear(worker.number, worker.report())
         change = self.living.proposal()()
-        self.living.adopt(change.table)
+        self.living.adopt(change)
         return change.table
 
 
@@ -258,6 +273,66 @@ def test_a_restarted_controller_goes_on_from_what_is_held() -> None:
     cluster.run()
     assert cluster.newest.epoch > before.epoch
     assert cluster.newest.workers == before.workers
+    assert [sorted(worker.held) for worker in cluster.workers if worker] == held
+
+
+@given(
+    sizes_wanted=st.lists(st.integers(2, 5), min_size=1, max_size=4),
+    copies=st.integers(1, 2),
+    spare=st.integers(0, 3),
+    num_beats=st.integers(0, 9),
+)
+@settings(phases=[Phase.generate])
+def test_workers_come_and_go_without_an_expert_missing(
+    sizes_wanted: list[int], copies: int, spare: int, num_beats: int
+) -> None:
+    """Also when the next change begins before the last has ended."""
+    cluster = Cluster(sizes(5, room=4 * copies + spare, copies=copies), num_workers=2)
+    cluster.run()
+    for wanted in sizes_wanted:
+        cluster.resize(wanted)
+        for _ in range(num_beats):
+            cluster.beat()
+    cluster.run()
+    cluster.beat()
+    assert all(placement.num_missing == 0 for placement in cluster.placements)
+    alive = [index for index, worker in enumerate(cluster.workers) if worker is not None]
+    assert alive == list(range(sizes_wanted[-1]))
+    assert {info.name for info in cluster.newest.workers} == {f"worker-{n}" for n in alive}
+    assert len(cluster.living.totals) == len(alive)
+
+
+def test_a_worker_that_is_wanted_but_silent_is_not_counted_on() -> None:
+    cluster = Cluster(sizes(3), num_workers=2)
+    cluster.run()
+    before = cluster.newest
+    cluster.living.resize(3)
+    cluster.beat()
+    assert (cluster.newest, cluster.living.needs_plan) == (before, False)
+    cluster.restart_worker(2)
+    cluster.run()
+    assert len(cluster.newest.workers) == 3
+
+
+def test_a_worker_that_dies_as_it_is_to_go_is_not_waited_for() -> None:
+    cluster = Cluster(sizes(3))
+    cluster.run()
+    cluster.resize(2)
+    cluster.workers[2] = None
+    cluster.run()
+    assert cluster.workers[2] is None
+    assert cluster.newest.num_missing == 0
+
+
+def test_a_restarted_controller_keeps_the_workers_that_were_added() -> None:
+    cluster = Cluster(sizes(3), num_workers=2)
+    cluster.run()
+    cluster.resize(3)
+    cluster.run()
+    held = [sorted(worker.held) for worker in cluster.workers if worker]
+    cluster.num_workers = 3
+    cluster.restart_controller()
+    cluster.run()
     assert [sorted(worker.held) for worker in cluster.workers if worker] == held
 
 

@@ -30,6 +30,7 @@ def head_text(*, num_tokens: int = 5) -> str:
         StepStats(
             num_tokens=num_tokens,
             num_sequences=2,
+            fill=0.5,
             num_emitted=1,
             num_reused=5,
             num_preempted=1,
@@ -49,8 +50,8 @@ def head_text(*, num_tokens: int = 5) -> str:
 
 def worker_text() -> str:
     metrics = WorkerMetrics()
-    metrics.observe_pass([(Unit(0, 1), 4), (Unit(0, 2), 3)], 0.5)
-    metrics.observe_pass([(Unit(1, 1), 2)], 0.25)
+    metrics.observe_pass([(Unit(0, 1), 4), (Unit(0, 2), 3)], 0.5, [0.1, 0.2])
+    metrics.observe_pass([(Unit(1, 1), 2)], 0.25, [0.0])
     metrics.observe_call("ok")
     return metrics.exposition()
 
