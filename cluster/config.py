@@ -5,7 +5,7 @@ environment and flags (`cluster.configure`). Unknown keys are refused. Nothing b
 environment.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from ipaddress import ip_address
@@ -60,6 +60,18 @@ def listen_host(data_plane_host: str, node_address: str) -> str:
 def checkpoint_folder(model: Path | None) -> Path:
     """The folder to load from, on this node. Raises CheckpointError when there is no such model."""
     return TINY if model is None else resolve(model).absolute()
+
+
+LIVE = (
+    "num_workers",
+    "max_workers",
+    "num_heads",
+    "max_heads",
+    "scale_up_after_s",
+    "scale_down_after_s",
+    "rebalance_gain",
+)
+"""Settings that the controller changes while it runs."""
 
 
 class ServeConfig(BaseModel):
@@ -332,6 +344,13 @@ class ServeConfig(BaseModel):
                     "cut every expert anew"
                 )
         return self
+
+    def with_live(self, changes: Mapping[str, Any]) -> Self:
+        """With other values of LIVE settings. Raises ValueError for others, or wrong values."""
+        for name in changes:
+            if name not in LIVE:
+                raise ValueError(f"{name} cannot change without a restart; {', '.join(LIVE)} can")
+        return self.model_validate(self.model_dump() | dict(changes))
 
     @property
     def most_workers(self) -> int:

@@ -11,6 +11,8 @@ import secrets
 import time
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 from ray import serve
 
@@ -50,7 +52,9 @@ class Controller:
 
     def __init__(self, config: ServeConfig) -> None:
         """Must run on the replica's event loop."""
-        self._config = config
+        self._config = self._given = config
+        self._refusal: str | None = None
+        """What is wrong with the changes to it."""
         self._app_name = serve.get_replica_context().app_name
         self._owner = secrets.token_hex(8)
         self._workers: dict[int, WorkerActor] = {}
@@ -85,6 +89,19 @@ class Controller:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), WATCH_S)
         return self._view
+
+    def reconfigure(self, changes: dict[str, Any]) -> None:
+        """Called by Serve with the `user_config` that a file gives this deployment, and again when
+        it has changed: settings that need no restart. What is wrong with them shows in the view.
+        """
+        try:
+            self._config, self._refusal = self._given.with_live(changes), None
+            logger.info("settings changed: %s", changes)
+        except ValueError as error:
+            # Raised, it would make Serve start another controller over and over.
+            self._refusal = f"user_config is refused: {error}"
+            logger.error("%s", self._refusal)
+        self._update_view()
 
     async def rebalance(self, dry_run: bool) -> Rebalancing | None:
         """Plan anew for the load of now and, unless dry_run, have it done; returns what changes.
@@ -130,16 +147,14 @@ class Controller:
     async def _supervise(self) -> None:
         """Start the workers and keep them; never returns."""
         config = self._config
-        names = [worker_name(self._app_name, index) for index in range(config.most_workers)]
+        name_of = partial(worker_name, self._app_name)
         # those that a controller before this one has added are still needed, for all it knows
         num_alive = max(await asyncio.to_thread(alive_workers, self._app_name), default=-1) + 1
         try:
             sizes, manifest = await asyncio.to_thread(self._read_checkpoint)
+            num_workers = max(config.num_workers, min(num_alive, config.most_workers))
             living = LivingPlacement(
-                sizes,
-                names,
-                drain_s=config.expert_timeout_s,
-                num_workers=min(max(config.num_workers, num_alive), config.most_workers),
+                sizes.for_workers(num_workers), name_of, drain_s=config.expert_timeout_s
             )
             living.proposal()()  # is there room at all?
         except (MaestraleError, ModelError, OSError) as error:
@@ -150,12 +165,11 @@ class Controller:
         self._living = living
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._balance(living))
-            if config.max_heads or config.max_workers:
-                tasks.create_task(self._scale(living))
+            tasks.create_task(self._scale(living))
             while True:
                 for index in set(range(living.num_workers)) - self._workers.keys():
-                    mode = config.worker_quantization[index]
-                    worker = WorkerActor(config, names[index], mode, self._owner)
+                    mode = config.worker_quantization[min(index, config.num_workers - 1)]
+                    worker = WorkerActor(config, name_of(index), mode, self._owner)
                     self._workers[index] = worker
                     tasks.create_task(self._keep(index, worker, living, manifest))
                 self._are_missing.clear()
@@ -177,7 +191,7 @@ class Controller:
             num_layers=model.num_hidden_layers,
             num_experts=model.num_local_experts,
             expert_bytes=tuple(as_held[mode].expert_bytes for mode in config.worker_quantization),
-            budgets=(config.worker_memory_bytes,) * config.most_workers,
+            budgets=(config.worker_memory_bytes,) * config.num_workers,
             num_copies=config.expert_copies,
             num_slices=config.expert_slices,
         )
@@ -240,21 +254,12 @@ class Controller:
         living.adopt(change)
 
     async def _scale(self, living: LivingPlacement) -> None:
-        """Have as many heads and workers as the load asks for."""
-        config, observer, started = self._config, Observer(), time.monotonic()
-        settings = Scaling(
-            min_heads=config.num_heads,
-            max_heads=config.most_heads,
-            min_workers=config.num_workers,
-            max_workers=config.most_workers,
-            up_after_s=config.scale_up_after_s,
-            down_after_s=config.scale_down_after_s,
-            cooldown_s=min(Scaling.cooldown_s, config.scale_down_after_s),
-        )
+        """Have as many heads and workers as the settings and the load ask for."""
+        observer, started = Observer(), time.monotonic()
         state: State | None = None
         while True:
             await asyncio.sleep(SCALE_EVERY_S)
-            now = time.monotonic()
+            now, config = time.monotonic(), self._config
             heads = [head for head, _ in self._heads.values()]
             ready = {head.name: head.totals for head in heads if head.address}
             signals = observer.look(ready, living.totals, now)
@@ -263,7 +268,7 @@ class Controller:
                 num_heads = max(config.num_heads, len(heads))
                 state = State.of(num_heads=num_heads, num_workers=living.num_workers)
             if state is not None:
-                decision, state = decide(state, signals, settings, now=now)
+                decision, state = decide(state, signals, _bounds(config), now=now)
                 self._apply(decision, living)
 
     def _apply(self, decision: Decision, living: LivingPlacement) -> None:
@@ -293,7 +298,8 @@ class Controller:
         }
         heads = [report for report, _ in self._heads.values()]
         ready = tuple(HeadInfo(h.name, h.address) for h in heads if h.address)
-        errors = [f"{head.name}: {head.error}" for head in heads if head.error]
+        errors = [self._refusal] if self._refusal else []
+        errors += [f"{head.name}: {head.error}" for head in heads if head.error]
         workers = self._workers.values()
         errors += [f"{worker.name}: {worker.error}" for worker in workers if worker.error]
         if living is None:
@@ -327,3 +333,15 @@ class Controller:
             self._view = replace(view, version=self._view.version + 1)
             self._changed.set()
             self._changed = asyncio.Event()
+
+
+def _bounds(config: ServeConfig) -> Scaling:
+    return Scaling(
+        min_heads=config.num_heads,
+        max_heads=config.most_heads,
+        min_workers=config.num_workers,
+        max_workers=config.most_workers,
+        up_after_s=config.scale_up_after_s,
+        down_after_s=config.scale_down_after_s,
+        cooldown_s=min(Scaling.cooldown_s, config.scale_down_after_s),
+    )

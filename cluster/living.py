@@ -25,14 +25,21 @@ class Sizes:
     num_experts: int
     expert_bytes: tuple[int, ...]
     budgets: tuple[int | None, ...]
-    """Of every worker that there may ever be."""
     num_copies: int = 1
     num_slices: int = 1
 
     @property
     def num_workers(self) -> int:
-        """At most."""
         return len(self.budgets)
+
+    def for_workers(self, number: int) -> "Sizes":
+        """The same for more workers, which are like the last."""
+        more = number - self.num_workers
+        return replace(
+            self,
+            expert_bytes=self.expert_bytes + more * self.expert_bytes[-1:],
+            budgets=self.budgets + more * self.budgets[-1:],
+        )
 
     @cached_property
     def rooms(self) -> list[int]:
@@ -78,24 +85,16 @@ class _Published:
 class LivingPlacement:
     """Wanted, held, published. Owned by the controller's event loop."""
 
-    def __init__(
-        self,
-        sizes: Sizes,
-        names: Sequence[str],
-        *,
-        drain_s: float,
-        num_workers: int | None = None,
-    ) -> None:
-        """names: of all workers that there may be. num_workers: of those wanted at first; all, if
-        left out. drain_s: how long heads that do not say that they have moved on are waited for.
+    def __init__(self, sizes: Sizes, name_of: Callable[[int], str], *, drain_s: float) -> None:
+        """name_of: a worker. drain_s: how long heads that do not say that they have moved on are
+        waited for.
         """
-        assert len(names) == sizes.num_workers
-        self.num_workers = sizes.num_workers if num_workers is None else num_workers
+        self.num_workers = sizes.num_workers
         """How many are wanted. Those with higher numbers give away what they hold, and may go."""
         self.load = LoadTracker(sizes.num_layers, sizes.num_experts)
         self.epoch = 0
         self._sizes = sizes
-        self._names = names
+        self._name_of = name_of
         self._drain_s = drain_s
         self._reports: list[WorkerReport | None] = [None] * sizes.num_workers
         self._target: Table | None = None
@@ -247,8 +246,11 @@ class LivingPlacement:
 
     def resize(self, num_workers: int) -> None:
         """Want so many workers from now on: a plan without the others, or with more, is needed."""
-        assert 0 < num_workers <= self._sizes.num_workers
+        assert num_workers > 0
         self.num_workers = num_workers
+        if (more := num_workers - self._sizes.num_workers) > 0:
+            self._sizes = self._sizes.for_workers(num_workers)
+            self._reports += [None] * more
 
     # --- what follows ---
 
@@ -300,7 +302,7 @@ class LivingPlacement:
             assert report is not None, "it holds something"
             infos.append(
                 WorkerInfo(
-                    self._names[worker], report.address, report.incarnation, report.num_bytes
+                    self._name_of(worker), report.address, report.incarnation, report.num_bytes
                 )
             )
         placement = Placement(self.epoch + 1, tuple(infos), compact)

@@ -238,6 +238,16 @@ def test_scaling_needs_bounds_in_order_and_workers_alike() -> None:
         ServeConfig(num_workers=2, expert_slices=2, max_workers=4)
 
 
+def test_some_settings_change_without_a_restart() -> None:
+    given = ServeConfig(num_workers=2, dtype="float32")
+    changed = given.with_live({"num_workers": 3, "rebalance_gain": None})
+    assert changed == ServeConfig(num_workers=3, dtype="float32", rebalance_gain=None)
+    with pytest.raises(ValueError, match="dtype cannot change without a restart; num_workers,"):
+        given.with_live({"dtype": "bfloat16"})
+    with pytest.raises(ValueError, match="max_workers is 1, below"):
+        given.with_live({"max_workers": 1})
+
+
 def test_slices_and_copies_need_enough_workers() -> None:
     assert ServeConfig(num_workers=4, expert_slices=2, expert_copies=2).expert_slices == 2
     with pytest.raises(ValidationError, match="num_workers is 3, no multiple of the 2"):

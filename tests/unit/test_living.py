@@ -55,9 +55,9 @@ class FakeWorker:
 class Cluster:
     """A controller without Ray: workers, one head and the living placement, beat by beat."""
 
-    def __init__(self, sizes: Sizes, num_workers: int | None = None) -> None:
+    def __init__(self, sizes: Sizes) -> None:
         self.sizes = sizes
-        self.num_workers = sizes.num_workers if num_workers is None else num_workers
+        self.num_workers = sizes.num_workers
         """At the start of the next controller."""
         self.workers: list[FakeWorker | None] = [None] * sizes.num_workers
         self.num_started = 0
@@ -70,17 +70,17 @@ class Cluster:
         self.restart_controller()
 
     def restart_controller(self) -> None:
-        names = [f"worker-{index}" for index in range(self.sizes.num_workers)]
         self.living = LivingPlacement(
-            self.sizes, names, drain_s=DRAIN_S, num_workers=self.num_workers
+            self.sizes.for_workers(self.num_workers), "worker-{}".format, drain_s=DRAIN_S
         )
 
     def restart_worker(self, index: int) -> None:
         self.num_started += 1
-        self.workers[index] = FakeWorker(index, 100 + self.num_started, self.sizes.rooms[index])
+        self.workers[index] = FakeWorker(index, 100 + self.num_started, self.sizes.rooms[-1])
 
     def resize(self, num_workers: int) -> None:
         self.living.resize(num_workers)
+        self.workers += [None] * (num_workers - len(self.workers))
         for index in range(num_workers):
             if self.workers[index] is None:
                 self.restart_worker(index)
@@ -287,7 +287,7 @@ def test_workers_come_and_go_without_an_expert_missing(
     sizes_wanted: list[int], copies: int, spare: int, num_beats: int
 ) -> None:
     """Also when the next change begins before the last has ended."""
-    cluster = Cluster(sizes(5, room=4 * copies + spare, copies=copies), num_workers=2)
+    cluster = Cluster(sizes(2, room=4 * copies + spare, copies=copies))
     cluster.run()
     for wanted in sizes_wanted:
         cluster.resize(wanted)
@@ -296,14 +296,14 @@ def test_workers_come_and_go_without_an_expert_missing(
     cluster.run()
     cluster.beat()
     assert all(placement.num_missing == 0 for placement in cluster.placements)
-    alive = [index for index, worker in enumerate(cluster.workers) if worker is not None]
+    alive = [index for index, worker in enumerate(cluster.workers) if worker]
     assert alive == list(range(sizes_wanted[-1]))
     assert {info.name for info in cluster.newest.workers} == {f"worker-{n}" for n in alive}
     assert len(cluster.living.totals) == len(alive)
 
 
 def test_a_worker_that_is_wanted_but_silent_is_not_counted_on() -> None:
-    cluster = Cluster(sizes(3), num_workers=2)
+    cluster = Cluster(sizes(2))
     cluster.run()
     before = cluster.newest
     cluster.living.resize(3)
@@ -325,7 +325,7 @@ def test_a_worker_that_dies_as_it_is_to_go_is_not_waited_for() -> None:
 
 
 def test_a_restarted_controller_keeps_the_workers_that_were_added() -> None:
-    cluster = Cluster(sizes(3), num_workers=2)
+    cluster = Cluster(sizes(2))
     cluster.run()
     cluster.resize(3)
     cluster.run()
