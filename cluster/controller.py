@@ -90,7 +90,7 @@ class Controller:
                 await asyncio.wait_for(self._changed.wait(), WATCH_S)
         return self._view
 
-    def reconfigure(self, changes: dict[str, Any]) -> None:
+    async def reconfigure(self, changes: dict[str, Any]) -> None:
         """Called by Serve with the `user_config` that a file gives this deployment, and again when
         it has changed: settings that need no restart. What is wrong with them shows in the view.
         """

@@ -42,8 +42,8 @@ def client(two_heads: Service) -> Iterator[Client]:
         yield client
 
 
-def test_a_head_that_serve_stops_hands_its_streams_over(alone: list[str]) -> None:
-    program = [sys.executable, "-m", "tests.integration.drain_a_head"]
+def test_what_an_operator_changes_costs_no_stream_anything(alone: list[str]) -> None:
+    program = [sys.executable, "-m", "tests.integration.operated_service"]
     ended = subprocess.run(
         [*program, str(NUM_STREAMS), str(MAX_TOKENS)],
         capture_output=True,
@@ -53,8 +53,9 @@ def test_a_head_that_serve_stops_hands_its_streams_over(alone: list[str]) -> Non
     )
     assert ended.returncode == 0, ended.stderr
     told = json.loads(ended.stdout.splitlines()[-1])
-    assert told["texts"] == alone
+    assert told["texts"] == dict.fromkeys(("3 workers", "1 workers", "a head stopped"), alone)
     assert list(told["replays"]) == ["moved"]
+    assert "dtype cannot change without a restart" in told["refusal"]
 
 
 def report(what: str, stories: list[Story]) -> None:
