@@ -14,7 +14,7 @@ COUNTED := awk '/^Collecting /{printf "\r  %3d packages, now %-40s", ++n, $$2; f
 	/^Installing collected/{printf "\r  %3d packages, installing them %-30s\n", n, ""; fflush()}'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test test-unit test-clients test-soak check wheel protos bench bench-peers clean
+.PHONY: help demo serve test test-unit test-clients test-soak test-cluster check wheel protos bench bench-peers clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -37,6 +37,9 @@ test-clients: $(VENV)/.clients  ## Other people's clients and tools against our 
 
 test-soak: $(VENV)/.dev  ## Minutes-long runs, for tests/bench/RESULTS.md
 	$(BIN)/python -m pytest -q -s tests/soak
+
+test-cluster: $(VENV)/.dev  ## ray up, serve deploy on four hosts of this machine: root, iproute2, openssh-server, rsync
+	$(BIN)/python -m pytest -q -s tests/cluster
 
 check: $(VENV)/.dev  ## Lint, format, types, import layers, deploy files
 	$(BIN)/ruff check .

@@ -1,0 +1,106 @@
+"""Three hosts of a cluster and a fourth that calls them, driven by Ray's own commands."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.cluster.hosts import Host, hosts, missing
+
+ROOT = Path(__file__).parents[2]
+CALLER = 4
+PORT = 8000
+KEY = "a-key-of-the-test"
+UP_TIMEOUT_S = 400
+READY_TIMEOUT_S = 240
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A cluster that is up, and the host it is operated and called from."""
+
+    head: Host
+    """Ray's head node, where head replicas run, too."""
+    experts: tuple[Host, ...]
+    caller: Host
+    file: Path
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.head.address}:{PORT}"
+
+    def ray(self, verb: str, *arguments: str, timeout_s: float = 120) -> str:
+        """Run one of Ray's own commands on the caller's host."""
+        words = " ".join([verb, str(self.file), *arguments])
+        return self.caller.run(f"ray {words}", timeout_s=timeout_s)
+
+    def on_head(self, text: str, *, timeout_s: float = 120) -> str:
+        return self.head.run(f"RAY_AUTH_MODE=token {text}", timeout_s=timeout_s)
+
+
+def until(condition: Callable[[], bool], what: str, timeout_s: float = 240) -> None:
+    """Ask every second whether it is so."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {timeout_s} s for {what}"
+        time.sleep(1)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    reason = missing()
+    if reason:
+        pytest.skip(reason)
+    folder = tmp_path_factory.mktemp("hosts")
+    with hosts(folder, [1, 2, 3, CALLER]) as (head, first, second, caller):
+        for host, offered in ((head, "head"), (first, "expert"), (second, "expert")):
+            (host.home / "resources.json").write_text(json.dumps({f"maestrale_{offered}": 1}))
+        for host in (head, first, second, caller):
+            _settle_in(host)
+        caller.run("ray get-auth-token --generate > /dev/null; chmod 600 ~/.ray/auth_token")
+        caller.run("maestrale certs --out ~/maestrale-secrets/tls", timeout_s=120)
+        (caller.home / "maestrale-secrets" / "api-keys").write_text(KEY)
+        file = folder / "cluster.yaml"
+        file.write_text(yaml.safe_dump(_as_deployed_here(head, [first, second])))
+        running = Cluster(head, (first, second), caller, file)
+        running.ray("up -y --no-config-cache", timeout_s=UP_TIMEOUT_S)
+        yield running
+
+
+def _settle_in(host: Host) -> None:
+    """What an installation would leave: the packages are this interpreter's, the code is this."""
+    (host.home / "maestrale").symlink_to(sys.prefix)
+    profile = f"export PATH={sys.prefix}/bin:$PATH PYTHONPATH={ROOT} RAY_USAGE_STATS_ENABLED=0\n"
+    for name in (".bash_profile", ".bashrc"):
+        (host.home / name).write_text(profile)
+
+
+def _as_deployed_here(head: Host, workers: list[Host]) -> dict[str, Any]:
+    """deploy/ray-onpremise.yaml with these hosts, nothing to install, and little memory."""
+    text = (ROOT / "deploy" / "ray-onpremise.yaml").read_text()
+    deployed: dict[str, Any] = yaml.safe_load(text.replace("/etc/maestrale/", "~/"))
+    small = "--object-store-memory=100000000 --node-ip-address"
+    starts = {
+        "head_start_ray_commands": f' --resources="$(cat ~/resources.json)" {small}={head.address}',
+        "worker_start_ray_commands": f" --num-cpus=2 {small}=$(hostname -I | cut -d' ' -f1)",
+    }
+    for name, more in starts.items():
+        deployed[name] = [
+            command + more if " start " in command else command for command in deployed[name]
+        ]
+    return deployed | {
+        "provider": {
+            "type": "local",
+            "head_ip": head.address,
+            "worker_ips": [worker.address for worker in workers],
+        },
+        "auth": {"ssh_user": "root", "ssh_private_key": str(head.key)},
+        "file_mounts": {path: path for path in ("~/.ray/auth_token", "~/maestrale-secrets")},
+        "setup_commands": deployed["setup_commands"][1:2],
+    }
