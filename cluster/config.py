@@ -167,6 +167,10 @@ class ServeConfig(BaseModel):
     max_tokens_per_step: int = Field(default=512, ge=1)
     """Tokens in one step of a head, at most; not below max_running_sequences. A longer prompt is
     computed in chunks of this size, so it delays everybody's next token by one such step only."""
+    max_micro_batches: int = Field(default=4, ge=1, le=8)
+    """Parts of a step, at most, of which one's attention is computed while another's experts are.
+    How many there are is tried out while it serves: more pay on slow links and for long prompts. 1:
+    never more than one."""
 
     num_drafts: int = Field(default=0, ge=0, le=MAX_DRAFTS)
     """Tokens that a head guesses ahead in a step, at most, for requests that do not say

@@ -26,6 +26,7 @@ class StepStats:
     num_tokens: int
     """Tokens computed, prompt and new."""
     num_sequences: int
+    num_micro_batches: int
     fill: float
     """How full it is: tokens or sequences, whichever is nearer to what a step may have."""
     num_emitted: int

@@ -11,7 +11,7 @@ Shape suffix: T tokens of this step, over all sequences.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -76,6 +76,38 @@ def build_batch(spans: Sequence[Span], *, block_size: int, device: torch.device)
         positions_T=torch.tensor(positions, device=device),
         slots_T=torch.tensor(slots, device=device),
         logits_rows=torch.tensor(logits_rows, dtype=torch.int64, device=device),
+    )
+
+
+def split_spans(spans: Sequence[Span], number: int) -> list[list[Span]]:
+    """Micro-batches with about as many tokens each, in order; `number` of them, if so many tokens
+    there are. A span that lies across a border is cut, so the second part must come after the
+    first.
+    """
+    total = sum(len(span.token_ids) for span in spans)
+    number = max(1, min(number, total))
+    parts: list[list[Span]] = [[] for _ in range(number)]
+    begin = 0
+    for span in spans:
+        end = begin + len(span.token_ids)
+        for index in range(number):
+            first, last = total * index // number, total * (index + 1) // number
+            if first < end and begin < last:
+                parts[index].append(_cut(span, max(first - begin, 0), min(last, end) - begin))
+        begin = end
+    return parts
+
+
+def _cut(span: Span, begin: int, end: int) -> Span:
+    """Its tokens from `begin` to `end`, with those of its logits that are theirs."""
+    if begin == 0 and end == len(span.token_ids):
+        return span
+    first_logits = len(span.token_ids) - span.num_logits
+    return replace(
+        span,
+        token_ids=span.token_ids[begin:end],
+        start=span.start + begin,
+        num_logits=max(0, end - max(begin, first_logits)),
     )
 
 

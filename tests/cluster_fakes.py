@@ -14,6 +14,7 @@ from cluster.bench.profile import StepRecorder
 from cluster.errors import CallRefusedError, ExpertFailedError, ExpertsUnavailableError
 from cluster.head.engine import Engine, Event
 from cluster.head.masks import GrammarMasks
+from cluster.head.micro_batches import MicroBatches
 from cluster.head.scheduler import Scheduler
 from cluster.head.stopwatch import Stopwatch
 from cluster.placement import Placement, WorkerInfo, held_by
@@ -22,7 +23,7 @@ from model import Mixtral
 from model.batch import Batch
 from model.blocks import BlockPool
 from model.classify import Classifier
-from model.decoder import Decoder
+from model.decoder import Decoder, Trace
 from model.experts import Computed, Experts, ExpertWeights, PendingRows, weighted_sums
 from model.grammar import GrammarCompiler
 from model.kv_cache import KVCache
@@ -112,8 +113,14 @@ class BrokenRow(Decoder):
         self._row = row
         self._value = value
 
-    def forward(self, batch: Batch, cache: KVCache, experts: Experts) -> Tensor:
-        logits_SV = super().forward(batch, cache, experts).clone()  # out of inference mode
+    def forward_in_turns(
+        self,
+        batches: Many[Batch],
+        cache: KVCache,
+        experts: Experts,
+        trace: Trace | None = None,
+    ) -> Tensor:
+        logits_SV = super().forward_in_turns(batches, cache, experts).clone()  # out of inference
         self._steps_left -= 1
         if self._steps_left == 0:
             logits_SV[self._row, 5] = self._value
@@ -135,6 +142,7 @@ class Head:
         max_tokens_per_step: int = 32,
         max_model_len: int = 128,
         grammars: GrammarCompiler | None = None,
+        max_micro_batches: int = 1,
     ) -> None:
         self.pool = BlockPool(num_blocks=num_blocks, block_size=block_size)
         self.metrics = StepRecorder()
@@ -158,6 +166,7 @@ class Head:
             max_model_len=max_model_len,
             grammars=GrammarMasks(grammars) if grammars else None,
             stopwatch=stopwatch,
+            micro_batches=MicroBatches(max_micro_batches),
         )
 
     @contextmanager

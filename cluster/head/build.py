@@ -8,6 +8,7 @@ import torch
 from cluster.config import ServeConfig
 from cluster.head.engine import Engine
 from cluster.head.masks import GrammarMasks
+from cluster.head.micro_batches import MicroBatches
 from cluster.head.scheduler import Scheduler
 from cluster.head.stopwatch import Stopwatch
 from cluster.metrics import HeadMetrics
@@ -57,6 +58,7 @@ def new_engine(
         max_model_len=max_model_len,
         grammars=GrammarMasks(grammars) if grammars else None,
         stopwatch=stopwatch,
+        micro_batches=MicroBatches(config.max_micro_batches) if stopwatch else None,
     )
 
 

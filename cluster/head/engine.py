@@ -19,12 +19,13 @@ from cluster.errors import RequestError
 from cluster.head.classification import Classification
 from cluster.head.drawing import Drawn, broken_chunks, draw, keep_prompt_logprobs, score
 from cluster.head.masks import GrammarMasks
+from cluster.head.micro_batches import MicroBatches
 from cluster.head.scheduler import Chunk, Scheduler, Step
 from cluster.head.sequence import Finish, Sequence
 from cluster.head.stopwatch import Stopwatch
 from cluster.metrics import HeadMetrics
 from cluster.step_stats import StepStats
-from model.batch import Batch, build_batch
+from model.batch import Batch, build_batch, split_spans
 from model.decoder import Decoder
 from model.errors import SamplingError
 from model.experts import Experts
@@ -118,8 +119,10 @@ class Engine:
         max_model_len: int,
         grammars: GrammarMasks | None = None,
         stopwatch: Stopwatch | None = None,
+        micro_batches: MicroBatches | None = None,
     ) -> None:
         """grammars: needed for sequences that have one.
+        micro_batches: how many a step is cut into; needs a stopwatch. None: one.
         stopwatch: told by decoder and experts which phase of a step begins.
         """
         self._decoder = decoder
@@ -130,6 +133,7 @@ class Engine:
         self._max_model_len = max_model_len
         self._grammars = grammars
         self._stopwatch = stopwatch
+        self._micro_batches = micro_batches or MicroBatches(1)
         self._inbox: queue.SimpleQueue[_Submit | _Abort | _Stop] = queue.SimpleQueue()
         self._requests: dict[tuple[Outbox, RequestKey], Sequence] = {}
         self._addresses: dict[Sequence, tuple[Outbox, RequestKey]] = {}
@@ -240,11 +244,11 @@ class Engine:
         step = self._scheduler.schedule()
         chunks = step.chunks
         try:
-            batch = self._prepare(step)
+            batches = self._prepare(step)
             if self._grammars:
                 self._grammars.begin([chunk.sequence for chunk in chunks if chunk.samples])
             built = time.perf_counter()
-            logits_LV = self._decoder.forward(batch, self._cache, self._experts)
+            logits_LV = self._decoder.forward_in_turns(batches, self._cache, self._experts)
             computed = time.perf_counter()
             broken = broken_chunks(chunks, logits_LV)
             if broken:
@@ -267,11 +271,16 @@ class Engine:
             if one.error is not None:
                 self._fail([one.chunk.sequence], one.error)
         ended = time.perf_counter()
+        num_tokens = sum(batch.num_tokens for batch in batches)
+        phases = self._stopwatch.take() if self._stopwatch else {}
+        forward_s = computed - built
+        self._micro_batches.observe(num_tokens, len(batches), forward_s, phases)
         self._metrics.observe(
             StepStats(
-                num_tokens=batch.num_tokens,
+                num_tokens=num_tokens,
                 num_sequences=len(chunks),
-                fill=self._scheduler.fill(batch.num_tokens, len(chunks)),
+                num_micro_batches=len(batches),
+                fill=self._scheduler.fill(num_tokens, len(chunks)),
                 num_emitted=sum(len(one.token_ids) for one in drawn),
                 num_reused=step.num_reused,
                 num_preempted=step.num_preempted,
@@ -280,15 +289,15 @@ class Engine:
                 num_waiting=len(self._scheduler.waiting),
                 num_free_blocks=self._scheduler.pool.num_free,
                 num_blocks=self._scheduler.pool.num_blocks,
-                forward_s=computed - built,
+                forward_s=forward_s,
                 sampling_s=sampled - computed,
                 host_s=(built - started) + (ended - sampled),
-                phases=self._stopwatch.take() if self._stopwatch else {},
+                phases=phases,
             )
         )
 
-    def _prepare(self, step: Step) -> Batch:
-        """Copy what is to be copied, and build the step's tensors."""
+    def _prepare(self, step: Step) -> list[Batch]:
+        """Copy what is to be copied, and build the tensors of the step's micro-batches."""
         size = self._scheduler.pool.block_size
         sources: list[int] = []
         targets: list[int] = []
@@ -296,9 +305,12 @@ class Engine:
             sources += range(copy.source * size, copy.source * size + copy.num_tokens)
             targets += range(copy.target * size, copy.target * size + copy.num_tokens)
         self._cache.copy(sources, targets)
-        return build_batch(
-            [chunk.span() for chunk in step.chunks], block_size=size, device=self._decoder.device
-        )
+        spans = [chunk.span() for chunk in step.chunks]
+        number = self._micro_batches.choose(sum(len(span.token_ids) for span in spans))
+        return [
+            build_batch(part, block_size=size, device=self._decoder.device)
+            for part in split_spans(spans, number)
+        ]
 
     def _without(self, broken: list[Chunk], chunks: list[Chunk], logits_LV: Tensor) -> Tensor:
         """Fail the sequences whose logits are not numbers, so that they cost no batch mate.

@@ -19,6 +19,10 @@ from protos import expert_pb2, peer_pb2
 
 logger = logging.getLogger(__name__)
 
+MAX_EARLY = 16
+"""Answers that are kept for calls whose turn to be received is still to come: as many as a step has
+micro-batches, and some that were sent again."""
+
 GRACE_S = 0.1
 """An answer that is there already is read even if its time is over: it may be this process, not the
 worker, that was held up."""
@@ -35,6 +39,8 @@ class WorkerStream:
         self.worker = worker
         self.num_outstanding = 0
         """Calls whose answer has not been read."""
+        self._early: dict[int, wire.Reply] = {}
+        """Answers that came before one that was wanted first, by call."""
         channel = rpc.new_channel(worker.address, identity.security, "worker")
         try:
             reply = self._shake_hands(channel, identity)
@@ -79,7 +85,8 @@ class WorkerStream:
         self._link.send(wire.encode_call(call), overdue_at)
 
     def receive(self, call: wire.Call, overdue_at: float) -> wire.Reply:
-        """The answer to a call, with its sums. Calls must be received in the order they were sent.
+        """The answer to a call, with its sums. Answers come in the order in which calls were sent,
+        but may be wanted in another: rows that were sent again, before the next micro-batch's.
 
         overdue_at: when to give up, in `time.monotonic`'s seconds; not before GRACE_S from now.
 
@@ -91,8 +98,10 @@ class WorkerStream:
         where = f"{self.worker.name} at {self.worker.address}, layer {call.layer}"
         overdue_at = max(overdue_at, time.monotonic() + GRACE_S)
         try:
-            reply = self._next_reply(overdue_at, where)
-            while reply.call_id < call.call_id:  # of a step that was given up
+            reply = self._early.pop(call.call_id, None)
+            while reply is None or reply.call_id < call.call_id:
+                if reply is not None:
+                    self._keep(reply)
                 reply = self._next_reply(overdue_at, where)
         except LinkLostError as error:
             raise ExpertsUnavailableError(f"{where}: {error}") from error
@@ -115,6 +124,12 @@ class WorkerStream:
         message = self._link.receive(overdue_at, where)
         self.num_outstanding -= 1
         return wire.decode_reply(message)
+
+    def _keep(self, reply: wire.Reply) -> None:
+        """For when it is wanted; never, if it is of a step that was given up."""
+        self._early[reply.call_id] = reply
+        if len(self._early) > MAX_EARLY:
+            del self._early[min(self._early)]
 
     def watch(self, now: float) -> None:
         """End a read that is overdue. May be called from any one thread, now and then."""

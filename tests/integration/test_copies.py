@@ -18,11 +18,12 @@ from cluster.head.feed import PlacementFeed
 from cluster.metrics import HeadMetrics
 from cluster.placement import Copy, Placement, Table, held_by
 from model import Mixtral
-from model.experts import Assignments, assign, checksum
+from model.experts import Assignments, LocalExperts, assign, checksum
 from model.router import Routing
 from model.sampling_params import SamplingParams
 from model.units import Unit
 from model.weights import Checkpoint
+from tests.cluster_fakes import random_rows
 from tests.integration.workers import WorkerServer, behind_proxy, remote_experts
 
 GREEDY = SamplingParams(max_tokens=40, temperature=0.0)
@@ -105,6 +106,33 @@ def test_a_lost_worker_whose_experts_have_copies_costs_no_token_and_little_time(
             assert time.monotonic() - started < FAR_BELOW_S
             assert seen == GREEDY.max_tokens
             assert "worker-1" in repr(experts).partition("without")[2]
+
+
+def test_a_worker_lost_between_two_micro_batches_costs_neither(
+    two_workers: list[WorkerServer], checkpoint: Checkpoint
+) -> None:
+    """The first's lost rows are sent again, and answered, behind the second's."""
+    local = LocalExperts(two_workers[0].held)
+    with behind_proxy(two_workers[1]) as (proxy, far):
+        table = everywhere(checkpoint, (0,), (1,))
+        placement = Placement(1, (two_workers[0].info, far), table)
+        with connected(placement, checkpoint) as experts:
+            proxy.stall()
+            halves = [many_rows(checkpoint, seed) for seed in (1, 2)]
+            pending = [experts.dispatch(0, *half) for half in halves]
+            assert all(rows.parts and len(rows.parts) == 2 for rows in pending)
+            proxy.cut()
+            for rows, half in zip(pending, halves, strict=True):
+                expected = local.dispatch(0, *half).wait()
+                assert (rows.wait() - expected).abs().max() <= 1e-4
+
+
+def many_rows(checkpoint: Checkpoint, seed: int) -> tuple[torch.Tensor, Routing]:
+    """Rows for all experts of a layer."""
+    config = checkpoint.config
+    scores_TE = random_rows(16, config.num_local_experts, seed=seed).softmax(-1)
+    weights_TK, expert_ids_TK = scores_TE.topk(config.num_experts_per_tok)
+    return random_rows(16, config.hidden_size, seed=seed), Routing(expert_ids_TK, weights_TK)
 
 
 def test_a_new_worker_that_does_not_answer_holds_nobody_up(

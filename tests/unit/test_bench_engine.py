@@ -171,6 +171,7 @@ def test_parts_that_never_occur_are_left_out() -> None:
     stats = StepStats(
         num_tokens=1,
         num_sequences=1,
+        num_micro_batches=1,
         fill=0.5,
         num_emitted=1,
         num_reused=0,

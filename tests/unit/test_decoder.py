@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from model import Mixtral
-from model.batch import Span, build_batch
+from model.batch import Span, build_batch, split_spans
 from model.decoder import Decoder
 from model.experts import Experts, LocalExperts
 from model.kv_cache import KVCache
@@ -44,8 +44,8 @@ def scheduled_logits(
     """Logits of every position of every sequence, in steps that `rng` makes up.
 
     Each step takes some of the unfinished sequences, in any order, and of each the next 1 to
-    max_chunk tokens. Blocks lie scattered, block 0 is nobody's, and `stale` is what the cache
-    holds before.
+    max_chunk tokens, in one to three micro-batches. Blocks lie scattered, block 0 is nobody's, and
+    `stale` is what the cache holds before.
     """
     rooms = [-(-len(sequence) // block_size) for sequence in sequences]
     scattered = rng.sample(range(1, sum(rooms) + 2), sum(rooms))
@@ -68,8 +68,11 @@ def scheduled_logits(
             new = sequences[i][known[i] : known[i] + rng.randint(1, max_chunk)]
             spans.append(Span(new, known[i], blocks[i], num_logits=len(new)))
             known[i] += len(new)
-        batch = build_batch(spans, block_size=block_size, device=decoder.device)
-        rows = decoder.forward(batch, cache, experts)
+        batches = [
+            build_batch(part, block_size=block_size, device=decoder.device)
+            for part in split_spans(spans, rng.randint(1, 3))
+        ]
+        rows = decoder.forward_in_turns(batches, cache, experts)
         for i, part in zip(chosen, rows.split([s.num_logits for s in spans]), strict=True):
             logits[i].append(part)
     return [torch.cat(parts) for parts in logits]

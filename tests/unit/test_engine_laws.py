@@ -1,7 +1,8 @@
 """However a request is computed, it gets the ids it would get alone: float32, embedded model.
 
-Chunked or whole, its prefix found or not, pushed out and computed again, its tokens guessed ahead
-or not, one of several choices or asked for by itself, whoever else runs, joins or is aborted.
+Chunked or whole, in one micro-batch or several, its prefix found or not, pushed out and computed
+again, its tokens guessed ahead or not, one of several choices or asked for by itself, whoever else
+runs, joins or is aborted.
 """
 
 import random
@@ -142,13 +143,20 @@ def test_no_company_and_no_shortage_changes_what_a_request_gets(
         alone.append(run(head, [sequence]).ids(0))
     rng = random.Random(seed)
     # 26 blocks of 4 tokens hold one or two of them at full length
-    head = Head(mixtral, num_blocks=26, max_tokens_per_step=rng.choice([6, 20]), grammars=compiler)
+    head = Head(
+        mixtral,
+        num_blocks=26,
+        max_tokens_per_step=rng.choice([6, 20]),
+        grammars=compiler,
+        max_micro_batches=3,
+    )
     aborted = {key: rng.randint(1, 40) for key in rng.sample(range(10), 2)}
     outbox = run(head, [make() for make in makes], aborted)
     for key, expected in enumerate(alone):
         got = outbox.ids(key)
         assert got == expected[: len(got)] if key in aborted else got == expected
     steps = head.metrics.steps
+    assert max(step.num_micro_batches for step in steps) > 1
     assert sum(step.num_preempted for step in steps) > 0
     assert sum(step.num_reused for step in steps) > 0
     assert sum(step.num_accepted for step in steps) <= sum(step.num_drafted for step in steps)

@@ -30,6 +30,7 @@ def head_text(*, num_tokens: int = 5) -> str:
         StepStats(
             num_tokens=num_tokens,
             num_sequences=2,
+            num_micro_batches=1,
             fill=0.5,
             num_emitted=1,
             num_reused=5,
