@@ -14,7 +14,7 @@ from cluster.config import ServeConfig
 from model.units import Unit
 
 if TYPE_CHECKING:
-    from cluster.placement import WorkerReport
+    from cluster.placement import Stamp, WorkerReport
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class WorkerActor:
             f"{self._num_missed} beats missed, to hold {len(self._told or ())} units)"
         )
 
-    async def heartbeat(self, epoch: int) -> "WorkerReport | None":
+    async def heartbeat(self, stamp: "Stamp") -> "WorkerReport | None":
         """Renew its lease and hear from it; None once it is dead. The next call starts another.
 
         A worker that stays silent is killed, and so is dead in the end.
@@ -81,7 +81,7 @@ class WorkerActor:
             timeout_s = START_TIMEOUT_S if self.incarnation is None else BEAT_TIMEOUT_S
             try:
                 report: WorkerReport = await asyncio.wait_for(
-                    self._actor.heartbeat.remote(self._owner, epoch), timeout_s
+                    self._actor.heartbeat.remote(self._owner, stamp), timeout_s
                 )
             except RayActorError as error:
                 self._note_death(error)

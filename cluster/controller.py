@@ -125,7 +125,9 @@ class Controller:
         names = [f"{self._app_name}-worker-{index}" for index in range(config.num_workers)]
         try:
             sizes, manifest = await asyncio.to_thread(self._read_checkpoint)
-            living = LivingPlacement(sizes, names, drain_s=config.expert_timeout_s)
+            living = LivingPlacement(
+                sizes, names, drain_s=config.expert_timeout_s, term=time.time_ns()
+            )
             living.proposal()()  # is there room at all?
         except (MaestraleError, ModelError, OSError) as error:
             # Another start would fail the same way: say so, to whoever asks, until deleted.
@@ -169,7 +171,7 @@ class Controller:
     ) -> None:
         """Hear from one worker again and again, and tell it what to hold."""
         while True:
-            report = await worker.heartbeat(living.epoch)
+            report = await worker.heartbeat(living.stamp)
             if report is None:
                 living.lose(index)
                 self._go_on(living)
@@ -189,7 +191,7 @@ class Controller:
         now = time.monotonic()
         if not living.is_planned and living.has_heard_all:
             self._adopt(living, living.proposal()())
-        living.drain([head.epoch for head, _ in self._heads.values()], now)
+        living.drain([head.stamp for head, _ in self._heads.values()], now)
         if (placement := living.publish(now)) is not None:
             logger.info("placement %d: %s", placement.epoch, placement.workers)
             self._set_view(replace(self._view, placement=placement))

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from cluster.placement import ClusterView
+from cluster.placement import ClusterView, Stamp
 
 logger = logging.getLogger(__name__)
 
@@ -24,13 +24,13 @@ class HeadReport:
     """What a head replica tells the controller with every call.
 
     address: where it takes requests, None while it is not ready. error: why it never will be.
-    epoch: of the placement it goes by, 0 while it knows none.
+    stamp: of the placement it goes by, (0, 0) while it knows none.
     """
 
     name: str
     address: str | None = None
     error: str | None = None
-    epoch: int = 0
+    stamp: Stamp = (0, 0)
 
 
 async def follow(

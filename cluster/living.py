@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from cluster.load import LoadTracker
-from cluster.placement import Copy, Placement, Table, WorkerInfo, WorkerReport, held_by
+from cluster.placement import Copy, Placement, Stamp, Table, WorkerInfo, WorkerReport, held_by
 from cluster.planning import busiest, moves, plan, rooms
 from model.units import Unit
 
@@ -73,13 +73,14 @@ class _Published:
 class LivingPlacement:
     """Wanted, held, published. Owned by the controller's event loop."""
 
-    def __init__(self, sizes: Sizes, names: Sequence[str], *, drain_s: float) -> None:
+    def __init__(self, sizes: Sizes, names: Sequence[str], *, drain_s: float, term: int) -> None:
         """names: of the workers. drain_s: how long heads that do not say that they have moved on
-        are waited for.
+        are waited for. term: of this controller, above those before it; raised where it is not.
         """
         assert len(names) == sizes.num_workers
         self.load = LoadTracker(sizes.num_layers, sizes.num_experts)
-        self.epoch = 0
+        self._term = term
+        self._epoch = 0
         self._sizes = sizes
         self._names = names
         self._drain_s = drain_s
@@ -91,9 +92,14 @@ class LivingPlacement:
     def __repr__(self) -> str:
         num_heard = sum(report is not None for report in self._reports)
         return (
-            f"LivingPlacement(epoch {self.epoch}, {num_heard} of {len(self._reports)} workers, "
+            f"LivingPlacement(epoch {self._epoch}, {num_heard} of {len(self._reports)} workers, "
             f"{self.num_missing} units to load, {len(self._draining)} epochs drain)"
         )
+
+    @property
+    def stamp(self) -> Stamp:
+        """Of the newest placement that there is, as far as is known."""
+        return self._term, self._epoch
 
     # --- what is heard ---
 
@@ -103,7 +109,8 @@ class LivingPlacement:
         if before is not None and before.incarnation != report.incarnation:
             self.lose(worker)
         self._reports[worker] = report
-        self.epoch = max(self.epoch, report.epoch)
+        if self._published is None:  # later, it may have heard of a controller after this one
+            self._come_after(report.stamp)
         self.load.count(report.incarnation, report.rows)
 
     def lose(self, worker: int) -> None:
@@ -113,18 +120,26 @@ class LivingPlacement:
             self.load.forget(report.incarnation)
         self._reports[worker] = None
 
-    def drain(self, epochs_of_heads: Collection[int], now: float) -> None:
+    def drain(self, stamps_of_heads: Collection[Stamp], now: float) -> None:
         """Forget the placements that no head goes by any more, or for too long.
 
-        epochs_of_heads: that each of them goes by; 0 for one that knows no placement yet.
+        stamps_of_heads: of what each of them goes by; (0, 0) for one that knows no placement yet.
         """
-        self.epoch = max(self.epoch, *epochs_of_heads, 0)  # they take no lower one
-        oldest = min((epoch for epoch in epochs_of_heads if epoch), default=self.epoch)
+        for stamp in stamps_of_heads:
+            self._come_after(stamp)  # they take no older one
+        oldest = min((stamp for stamp in stamps_of_heads if any(stamp)), default=self.stamp)
         self._draining = [
             old
             for old in self._draining
-            if oldest <= old.placement.epoch and now - old.replaced_at < self._drain_s
+            if oldest <= old.placement.stamp and now - old.replaced_at < self._drain_s
         ]
+
+    def _come_after(self, stamp: Stamp) -> None:
+        """Whatever is published from now on is later than that."""
+        term, epoch = stamp
+        if term > self._term:
+            self._term = term + 1
+        self._epoch = max(self._epoch, epoch)
 
     # --- what is wanted ---
 
@@ -245,16 +260,16 @@ class LivingPlacement:
                     self._names[worker], report.address, report.incarnation, report.num_bytes
                 )
             )
-        placement = Placement(self.epoch + 1, tuple(infos), compact)
+        placement = Placement(self._epoch + 1, tuple(infos), compact, self._term)
         if self._published is not None:
             before = self._published.placement
-            # heads that go by a higher epoch, of a controller before this one, would not take it
-            is_newest = before.epoch == self.epoch
+            # heads that go by a later one, of a controller before this one, would not take it
+            is_newest = before.stamp == self.stamp
             is_same = (before.table, before.workers) == (placement.table, placement.workers)
             if is_newest and is_same:
                 return None
             self._draining.append(replace(self._published, replaced_at=now))
-        self.epoch += 1
+        self._epoch += 1
         self._published = _Published(placement, table)
         return placement
 

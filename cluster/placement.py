@@ -11,6 +11,9 @@ from model.units import Unit
 Copy = tuple[int, ...]
 """The workers, by index, that hold slice 0, 1, ... of an expert; a single one holds it whole."""
 
+Stamp = tuple[int, int]
+"""Term and epoch of a placement: of two, the later has the higher one. (0, 0): of none."""
+
 Table = tuple[tuple[tuple[Copy, ...], ...], ...]
 """Of each layer, of each expert: its copies. None of them: nobody holds it now, the controller has
 it loaded, and rows for it wait for the next placement."""
@@ -35,7 +38,7 @@ class WorkerReport:
     """What an expert worker says with every heartbeat.
 
     node:      where it runs.
-    epoch:     the highest that it was told, by any controller.
+    stamp:     the highest that it had been told before this one, by any controller.
     held:      the units that it can be asked for, with the digest of what was read for each.
     num_bytes: of these.
     rows:      how many it has computed since its start, by layer and expert.
@@ -45,7 +48,7 @@ class WorkerReport:
     address: str
     incarnation: int
     node: str
-    epoch: int
+    stamp: Stamp
     held: Mapping[Unit, str]
     num_bytes: int
     rows: Mapping[tuple[int, int], int]
@@ -54,11 +57,20 @@ class WorkerReport:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where every expert is. Immutable; each change has a new epoch."""
+    """Where every expert is. Immutable; each change has a new epoch.
+
+    term: of the controller that published it. One that has been replaced and does not know it yet
+          may go on publishing; heads that know a placement of a higher term pass over its own.
+    """
 
     epoch: int
     workers: tuple[WorkerInfo, ...]
     table: Table
+    term: int = 0
+
+    @property
+    def stamp(self) -> Stamp:
+        return self.term, self.epoch
 
     @property
     def num_missing(self) -> int:

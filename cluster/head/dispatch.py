@@ -25,7 +25,7 @@ from cluster.head.feed import PlacementFeed
 from cluster.head.routes import Directory, Routes
 from cluster.head.stream import WorkerStream
 from cluster.metrics import HeadMetrics
-from cluster.placement import WorkerInfo
+from cluster.placement import Placement, WorkerInfo
 from model.experts import Assignments, assign
 from model.phases import UNWATCHED, Phases
 from model.router import Routing
@@ -86,9 +86,9 @@ class RemoteExperts:
         return f"RemoteExperts({self._directory})"
 
     @property
-    def epoch(self) -> int | None:
-        """Of the placement that rows go by now."""
-        return self._directory.epoch
+    def placement(self) -> Placement | None:
+        """The one that rows go by now."""
+        return self._directory.placement
 
     def connect(self, timeout_s: float) -> bool:
         """Wait until every expert can be asked for; says whether that is so."""

@@ -102,8 +102,8 @@ class HeadReplica:
             self._feed.put(view.placement)
 
     def _report_now(self) -> HeadReport:
-        epoch = self._experts.epoch if self._experts else None
-        return replace(self._report, epoch=epoch or 0)
+        placement = self._experts.placement if self._experts else None
+        return replace(self._report, stamp=placement.stamp if placement else (0, 0))
 
     def _run(self) -> None:
         """The engine thread's life."""

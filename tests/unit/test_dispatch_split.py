@@ -524,11 +524,11 @@ def test_a_placement_is_gone_by_once_its_workers_are_connected(
         workers.unreachable = {fresh}
         feed.put(new)
         assert_right(mixtral, experts)
-        assert experts.epoch == 1
+        assert experts.placement is old
         workers.unreachable = set()
         wait_until(lambda: is_complete(experts), feed)
         assert_right(mixtral, experts)
-        assert experts.epoch == 2
+        assert experts.placement is new
         assert [call.epoch for call in workers[fresh].calls] == [2]
         assert dropped.name not in repr(experts)
 
@@ -543,9 +543,9 @@ def test_an_idle_head_connects_to_new_workers_and_says_what_it_will_go_by(
         workers.place(new)
         workers.unreachable = {FRESH}
         feed.put(new)
-        assert experts.epoch == 1
+        assert experts.placement is old
         workers.unreachable = set()
-        wait_until(lambda: experts.epoch == 2, feed)
+        wait_until(lambda: experts.placement is new, feed)
         assert workers[FRESH].calls == []
         assert_right(mixtral, experts)
         assert len(workers[FRESH].calls) == 1
@@ -562,7 +562,7 @@ def test_a_worker_that_leaves_may_first_answer_what_it_was_asked(
         pending = experts.dispatch(0, *rows_of(mixtral))
         feed.put(new)
         assert_right(mixtral, experts, seed=2)
-        assert experts.epoch == 2
+        assert experts.placement is new
         assert_right(mixtral, experts, pending=pending)
         assert asked_of(workers, old) == [1, 1]  # nothing was sent twice
 
@@ -576,7 +576,7 @@ def test_the_answer_times_of_workers_that_have_left_are_forgotten(
         for placement in placements:
             workers.place(placement)
             feed.put(placement)
-            wait_until(lambda epoch=placement.epoch: experts.epoch == epoch, feed)
+            wait_until(lambda placement=placement: experts.placement is placement, feed)
             for seed in range(2):
                 assert_right(mixtral, experts, seed=seed)
             assert experts._times.keys() == set(placement.workers)
@@ -598,16 +598,20 @@ def test_rows_for_an_expert_that_nobody_holds_wait_for_a_placement_that_has_it(
         feed.put(hole)
         threading.Timer(0.05, feed.put, [filled]).start()
         assert_right(mixtral, experts, pending=pending)
-        assert experts.epoch == 3
+        assert experts.placement is filled
 
 
 # --- the feed ---
 
 
-def test_the_feed_keeps_the_newest_epoch_whatever_the_order(mixtral: Mixtral) -> None:
+def test_the_feed_keeps_the_latest_placement_whatever_the_order(mixtral: Mixtral) -> None:
     feed = PlacementFeed()
     assert feed.newest is None
     newer, older = (even_placement(mixtral, 2, epoch=epoch) for epoch in (5, 4))
     feed.put(newer)
     feed.put(older)
     assert feed.newest is newer
+    of_the_next_controller = replace(older, term=1)
+    feed.put(of_the_next_controller)
+    feed.put(newer)
+    assert feed.newest is of_the_next_controller
