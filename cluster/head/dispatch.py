@@ -9,7 +9,7 @@ Shape suffixes: T tokens, D hidden, R rows of one worker, A assignments.
 
 import logging
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,6 +81,7 @@ class RemoteExperts:
         self._times: dict[WorkerInfo, AnswerTimes] = {}
         """Of workers that have answered; no more of them than the placement names."""
         self._next_call_id = 1
+        self._num_dispatches = 0
 
     def __repr__(self) -> str:
         return f"RemoteExperts({self._directory})"
@@ -112,12 +113,14 @@ class RemoteExperts:
         parts = self._send(routes, x_TD, [assignments])
         if self._cross_check is not None and parts:
             self._cross_check.offer(x_TD, assignments, routes.copies)
-        return RemoteRows(self, layer, x_TD, assignments, parts)
+        timed = self._num_dispatches % len(parts) if parts else None
+        self._num_dispatches += 1
+        return RemoteRows(self, layer, x_TD, assignments, parts, timed)
 
     def receive(self, part: _Part, *, is_timely: bool) -> wire.Reply:
         """The answer to a part. Drops the stream of a worker that fails, and raises why.
 
-        is_timely: nothing else has held the caller up, so the worker's time may be measured.
+        is_timely: no other answer was waited for before, so the worker's time may be measured.
         """
         worker = part.stream.worker
         try:
@@ -260,6 +263,9 @@ class RemoteRows:
     assignments: Assignments
     parts: list[_Part] | None
     """None: some of the experts could not be asked for."""
+    timed: int | None
+    """Which of them is received first, and its worker's time taken: of answers that came while
+    another was waited for nobody knows when. Each has its turn, dispatch by dispatch."""
 
     def wait(self) -> Tensor:
         """Weighted sums (T, D) float32, added in ascending order of the workers.
@@ -277,27 +283,25 @@ class RemoteRows:
         refused_by: set[WorkerInfo] = set()
         failed: dict[WorkerInfo, ExpertFailedError] = {}
         lost_since = None
+        timed = self.timed
         while True:
             # One may be out of order; what two cannot compute is the rows' own fault.
             may_fail = not failed
-            for part in parts:
-                phases.enter("transfer")
-                try:
-                    reply = self.experts.receive(part, is_timely=cause is None)
-                except (ExpertsUnavailableError, ExpertFailedError) as error:
-                    if isinstance(error, CallRefusedError):
+            for part, answer in self._answers(parts, timed):
+                if not isinstance(answer, wire.Reply):
+                    if isinstance(answer, CallRefusedError):
                         refused_by.add(part.stream.worker)
-                    elif isinstance(error, ExpertFailedError):
+                    elif isinstance(answer, ExpertFailedError):
                         if not may_fail:
-                            raise
-                        failed[part.stream.worker] = error
-                    logger.warning("%s; %d rows are sent again", error, len(part.rows_R))
+                            raise answer
+                        failed[part.stream.worker] = answer
+                    logger.warning("%s; %d rows are sent again", answer, len(part.rows_R))
                     lost.append(part.assignments)
-                    cause = error
+                    cause = answer
                     continue
                 phases.enter("unpacking")
-                compute_s = max(compute_s, reply.compute_s)
-                sums_TD.index_add_(0, part.rows_R, reply.sums_RD.to(sums_TD.device))
+                compute_s = max(compute_s, answer.compute_s)
+                sums_TD.index_add_(0, part.rows_R, answer.sums_RD.to(sums_TD.device))
             if not lost:
                 break
             # Experts keep no state, so twice does no harm.
@@ -309,8 +313,28 @@ class RemoteRows:
             parts, is_all = self.experts.send_again(
                 self, lost, refused_by, failed, cause, lost_since
             )
-            lost = []
+            lost, timed = [], None
             if is_all:
                 sums_TD.zero_()
         phases.reveal(compute_s, was="transfer", really="experts")
         return sums_TD
+
+    def _answers(
+        self, parts: Sequence[_Part], timed: int | None
+    ) -> Iterator[tuple[_Part, wire.Reply | ExpertsUnavailableError | ExpertFailedError]]:
+        """What comes of each part, in their order, whichever is received first."""
+        early = None if timed is None else self._answer(parts[timed], is_timely=True)
+        for number, part in enumerate(parts):
+            if early is not None and number == timed:
+                yield part, early
+            else:
+                yield part, self._answer(part, is_timely=False)
+
+    def _answer(
+        self, part: _Part, *, is_timely: bool
+    ) -> wire.Reply | ExpertsUnavailableError | ExpertFailedError:
+        self.experts.phases.enter("transfer")
+        try:
+            return self.experts.receive(part, is_timely=is_timely)
+        except (ExpertsUnavailableError, ExpertFailedError) as error:
+            return error

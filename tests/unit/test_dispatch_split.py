@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from cluster import wire
 from cluster.errors import ExpertFailedError, ExpertsUnavailableError
 from cluster.head import connections
-from cluster.head.answer_times import FLOOR_S
+from cluster.head.answer_times import FLOOR_S, TIMES_SLOWEST
 from cluster.head.dispatch import RemoteExperts, RemoteRows
 from cluster.head.feed import PlacementFeed
 from cluster.placement import Copy, Placement, Table, WorkerInfo
@@ -27,7 +29,7 @@ from model.router import Routing
 from model.sampling_params import SamplingParams
 from model.units import Unit
 from model.weights import Checkpoint
-from tests.cluster_fakes import DEADLINE_S, Weights, Workers, random_rows
+from tests.cluster_fakes import DEADLINE_S, MemoryStream, Weights, Workers, random_rows
 
 FRESH = WorkerInfo("worker-9", "127.0.0.1:9", 9, 0)
 TOLERANCE = 1e-6
@@ -505,6 +507,32 @@ def test_a_worker_is_waited_for_briefly_where_others_could_answer(
             patience = workers[placement.workers[0]].patience_s
             assert patience[0] == pytest.approx(10.0, abs=1.0)  # before anything is known
             assert patience[-1] == pytest.approx(patience_s, abs=0.2)
+
+
+def test_a_workers_time_is_taken_without_the_wait_for_others(
+    mixtral: Mixtral, weights: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    placement = placement_of((copied((0,), (1,)),), 2)
+    takes_s = dict(zip(placement.workers, (2.0, 0.1), strict=True))
+    now = sent_at = 100.0
+    receive = MemoryStream.receive
+
+    def receive_in_time(stream: MemoryStream, call: wire.Call, overdue_at: float) -> wire.Reply:
+        nonlocal now
+        now = max(now, sent_at + takes_s[stream.worker])
+        return receive(stream, call, overdue_at)
+
+    monkeypatch.setattr(MemoryStream, "receive", receive_in_time)
+    monkeypatch.setattr("cluster.head.dispatch.time", SimpleNamespace(monotonic=lambda: now))
+    with remote(mixtral, weights, placement) as (experts, workers):
+        for seed in range(4):
+            sent_at = now
+            assert_right(mixtral, experts, seed=seed)
+        assert asked_of(workers, placement) == [4, 4]
+        for worker, seconds in takes_s.items():
+            num_rows = len(workers[worker].calls[0].assignments.rows_A)
+            deadline_s = experts._times[worker].deadline_s(num_rows)
+            assert deadline_s == pytest.approx(TIMES_SLOWEST * seconds, rel=0.02)
 
 
 # --- a new placement ---
