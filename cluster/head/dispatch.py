@@ -35,6 +35,9 @@ logger = logging.getLogger(__name__)
 ASK_AGAIN_S = 0.1
 """How long rows wait before a worker that refused them is asked again, if nothing changes."""
 
+FAILURES_TO_BAN = 3
+"""Calls in a row that a worker could not compute and another could: by then it is not the rows."""
+
 
 @dataclass(frozen=True)
 class _Part:
@@ -80,6 +83,8 @@ class RemoteExperts:
         self._directory = Directory(feed, identity, drain_s=timeout_s)
         self._times: dict[WorkerInfo, AnswerTimes] = {}
         """Of workers that have answered; no more of them than the placement names."""
+        self._num_failed: dict[WorkerInfo, int] = {}
+        """Calls in a row that others computed in place of a worker that could not."""
         self._next_call_id = 1
         self._num_dispatches = 0
 
@@ -109,6 +114,8 @@ class RemoteExperts:
         workers = routes.placement.workers
         if len(self._times) > len(workers):  # of some that have left
             self._times = {w: self._times[w] for w in workers if w in self._times}
+        if len(self._num_failed) > len(workers):
+            self._num_failed = {w: self._num_failed[w] for w in workers if w in self._num_failed}
         assignments = assign(layer, routing)
         parts = self._send(routes, x_TD, [assignments])
         if self._cross_check is not None and parts:
@@ -134,7 +141,16 @@ class RemoteExperts:
         if is_timely:
             times = self._times.setdefault(worker, AnswerTimes())
             times.observe(len(part.assignments.rows_A), time.monotonic() - part.sent_at)
+        if self._num_failed:
+            self._num_failed.pop(worker, None)
         return reply
+
+    def blame(self, workers: Collection[WorkerInfo]) -> None:
+        """These could not compute what others could. Bans those that have done nothing else."""
+        for worker in workers:
+            self._num_failed[worker] = self._num_failed.get(worker, 0) + 1
+            if self._num_failed[worker] >= FAILURES_TO_BAN:
+                self._directory.ban(worker, "fails whatever it is asked")
 
     def send_again(
         self,
@@ -316,6 +332,7 @@ class RemoteRows:
             lost, timed = [], None
             if is_all:
                 sums_TD.zero_()
+        self.experts.blame(failed)
         phases.reveal(compute_s, was="transfer", really="experts")
         return sums_TD
 

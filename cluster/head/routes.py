@@ -143,9 +143,13 @@ class Directory:
         """End a stream that has failed and ban its worker; False if that is old news."""
         is_new = self._connections.lose(stream)
         if is_new:
-            ban_s = self._bans.ban(stream.worker, time.monotonic())
-            logger.warning("lost %s, banned for %.1f s", stream.worker.name, ban_s)
+            self.ban(stream.worker, "lost")
         return is_new
+
+    def ban(self, worker: WorkerInfo, reason: str) -> None:
+        """Ask a worker for a while only where nobody else can be."""
+        ban_s = self._bans.ban(worker, time.monotonic())
+        logger.warning("%s: %s, banned for %.1f s", worker.name, reason, ban_s)
 
     def close(self) -> None:
         """End all streams."""

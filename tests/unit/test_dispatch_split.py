@@ -17,7 +17,7 @@ from cluster import wire
 from cluster.errors import ExpertFailedError, ExpertsUnavailableError
 from cluster.head import connections
 from cluster.head.answer_times import FLOOR_S, TIMES_SLOWEST
-from cluster.head.dispatch import RemoteExperts, RemoteRows
+from cluster.head.dispatch import FAILURES_TO_BAN, RemoteExperts, RemoteRows
 from cluster.head.feed import PlacementFeed
 from cluster.placement import Copy, Placement, Table, WorkerInfo
 from cluster.planning import plan
@@ -494,6 +494,47 @@ def test_what_two_copies_or_the_only_one_cannot_compute_fails_at_once(
             x_TD = random_rows(1, mixtral.config.hidden_size, seed=1)
             experts.dispatch(0, x_TD, routing_of(1, seed=1, top_k=1)).wait()
         assert sum(asked_of(workers, placement)) == num_calls
+
+
+def test_a_worker_that_fails_again_and_again_is_asked_no_more(
+    mixtral: Mixtral, weights: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.head.bans.FIRST_BAN_S", 1000.0)
+    monkeypatch.setattr("cluster.head.bans.LONGEST_BAN_S", 1000.0)
+    placement = placement_of((copied((0,), (1,)),), 2)
+    with remote(mixtral, weights, placement) as (experts, workers):
+        workers[placement.workers[0]].is_broken = True
+        for seed in range(FAILURES_TO_BAN + 2):
+            assert_right(mixtral, experts, seed=seed)
+        assert asked_of(workers, placement) == [FAILURES_TO_BAN, 2 * FAILURES_TO_BAN + 2]
+        assert workers.num_connects == 2
+
+
+def test_a_worker_that_fails_now_and_then_goes_on(mixtral: Mixtral, weights: Weights) -> None:
+    placement = placement_of((copied((0,), (1,)),), 2)
+    with remote(mixtral, weights, placement) as (experts, workers):
+        for seed in range(3 * FAILURES_TO_BAN):
+            workers[placement.workers[0]].is_broken = seed % FAILURES_TO_BAN > 0
+            assert_right(mixtral, experts, seed=seed)
+        assert asked_of(workers, placement)[0] == 3 * FAILURES_TO_BAN
+
+
+def test_who_fails_where_another_fails_too_is_not_banned(
+    mixtral: Mixtral, weights: Weights
+) -> None:
+    """What two cannot compute is the rows' own fault."""
+    placement = placement_of((copied((0,), (1,)),), 2)
+    with remote(mixtral, weights, placement) as (experts, workers):
+        for is_broken in (True, False):
+            for worker in placement.workers:
+                workers[worker].is_broken = is_broken
+            for seed in range(FAILURES_TO_BAN + 1):
+                if is_broken:
+                    with pytest.raises(ExpertFailedError):
+                        experts.dispatch(0, *rows_of(mixtral, seed=seed)).wait()
+                else:
+                    assert_right(mixtral, experts, seed=seed)
+        assert asked_of(workers, placement) == [2 * (FAILURES_TO_BAN + 1)] * 2
 
 
 def test_a_worker_is_waited_for_briefly_where_others_could_answer(
