@@ -44,7 +44,7 @@ class WorkerActor:
     def __init__(
         self, config: ServeConfig, name: str, quantization: str | None, owner: str
     ) -> None:
-        """Start it, or find the one of this name that is still alive. owner: of its lease."""
+        """owner: of its lease. The first heartbeat starts it, or finds it if it is still alive."""
         self.name = name
         self.quantization = quantization
         self.incarnation: int | None = None
@@ -53,9 +53,9 @@ class WorkerActor:
         """Why it cannot start, or has failed to load what it is to hold."""
         self._config = config
         self._owner = owner
-        self._actor = self._start()
-        self._start_again_in_s: float | None = None
-        """Not None: it is dead."""
+        self._actor: Any = None
+        self._start_in_s: float | None = 0.0
+        """Not None: it is dead, or has never been started."""
         self._num_failed_starts = 0
         """In a row."""
         self._num_missed = 0
@@ -74,9 +74,12 @@ class WorkerActor:
 
         A worker that stays silent is killed, and so is dead in the end.
         """
-        if self._start_again_in_s is not None:
-            await asyncio.sleep(self._start_again_in_s)
-            self._actor, self._start_again_in_s = self._start(), None
+        if self._start_in_s is not None:
+            await asyncio.sleep(self._start_in_s)
+            # It imports torch and calls Ray's control store, which may be slow or away; whoever
+            # waited for it here would renew nobody's lease meanwhile.
+            self._actor = await asyncio.to_thread(self._start)
+            self._start_in_s = None
         while True:
             timeout_s = START_TIMEOUT_S if self.incarnation is None else BEAT_TIMEOUT_S
             try:
@@ -106,10 +109,10 @@ class WorkerActor:
         has_started = self.incarnation is not None
         self.incarnation, self._num_missed, self.error = None, 0, None
         if has_started:
-            self._start_again_in_s = 0.0
+            self._start_in_s = 0.0
             return
         doublings = min(self._num_failed_starts, 10)
-        self._start_again_in_s = min(MAX_WAIT_S, FIRST_WAIT_S * 2**doublings)
+        self._start_in_s = min(MAX_WAIT_S, FIRST_WAIT_S * 2**doublings)
         self._num_failed_starts += 1
         # One that ends just when it is found, as its last owner wanted, is no failure.
         if error.actor_init_failed or self._num_failed_starts > 1:
@@ -132,12 +135,14 @@ class WorkerActor:
             self._told = units
 
     async def release(self) -> None:
-        """End it, unless it has passed to another owner."""
+        """End it, unless it has passed to another owner or has never been started."""
+        if self._actor is None:
+            return
         with suppress(RayError):
             await self._actor.release.remote(self._owner)
 
     def _start(self) -> Any:
-        """A handle of it; starts it if there is none of this name."""
+        """A handle of it; starts it if there is none of this name. From any thread."""
         # torch is only wanted in the workers
         from cluster.expert.worker import ExpertWorker, WorkerSettings
 

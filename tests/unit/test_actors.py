@@ -1,6 +1,7 @@
 """A worker's process may be slow, silent or gone: the controller notices, and goes on."""
 
 import asyncio
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from cluster.actors import MAX_MISSED_BEATS, WorkerActor
 from cluster.config import ServeConfig
 from cluster.placement import Stamp, WorkerReport
 from model.units import Unit
+from tests.cluster_fakes import DEADLINE_S
 
 A, B = Unit(0, 0), Unit(0, 1)
 
@@ -66,6 +68,30 @@ def actor(monkeypatch: pytest.MonkeyPatch) -> FakeActor:
 @pytest.fixture
 def worker(actor: FakeActor) -> WorkerActor:
     return WorkerActor(ServeConfig(), "worker-0", None, "owner")
+
+
+def test_a_start_that_takes_long_holds_nobody_up(
+    actor: FakeActor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_start = threading.Event()
+
+    def start(worker: WorkerActor) -> FakeActor:
+        assert may_start.wait(DEADLINE_S)
+        return actor
+
+    monkeypatch.setattr(WorkerActor, "_start", start)
+    worker = WorkerActor(ServeConfig(), "worker-0", None, "owner")
+    actor.beats = [report()]
+
+    async def run() -> WorkerReport | None:
+        await worker.release()  # of what is not there yet
+        beat = asyncio.create_task(worker.heartbeat((2, 3)))
+        await asyncio.sleep(0.01)
+        assert not beat.done()
+        may_start.set()
+        return await beat
+
+    assert asyncio.run(run()) == report()
 
 
 def test_a_silent_worker_is_killed_and_another_started(
@@ -141,7 +167,7 @@ def test_a_worker_that_cannot_start_says_why_and_is_started_ever_more_rarely(
         assert worker.error is None
 
     asyncio.run(run())
-    assert waits == [1, 2, 4, 8, 16, 30, 30, 30]
+    assert waits == [0, 1, 2, 4, 8, 16, 30, 30, 30]
 
 
 def test_a_worker_found_while_it_ends_is_no_failure_but_one_that_dies_again_is(
@@ -158,7 +184,7 @@ def test_a_worker_found_while_it_ends_is_no_failure_but_one_that_dies_again_is(
 
     died = "cannot start: The actor died unexpectedly before finishing this task."
     assert asyncio.run(hear()) == [None, died, None, None, None]
-    assert waits == [1, 2, 0]
+    assert waits == [0, 1, 2, 0]
 
 
 def test_orders_are_given_once_and_again_after_a_failure_or_to_a_new_process(
