@@ -15,7 +15,7 @@ from cluster.config import ServeConfig
 from model.units import Unit
 
 if TYPE_CHECKING:
-    from cluster.placement import WorkerReport
+    from cluster.placement import Stamp, WorkerReport
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class WorkerActor:
     def __init__(
         self, config: ServeConfig, name: str, quantization: str | None, owner: str
     ) -> None:
-        """Start it, or find the one of this name that is still alive. owner: of its lease."""
+        """owner: of its lease. The first heartbeat starts it, or finds it if it is still alive."""
         self.name = name
         self.quantization = quantization
         self.incarnation: int | None = None
@@ -70,9 +70,9 @@ class WorkerActor:
         """Why it cannot start, or has failed to load what it is to hold."""
         self._config = config
         self._owner = owner
-        self._actor = self._start()
-        self._start_again_in_s: float | None = None
-        """Not None: it is dead."""
+        self._actor: Any = None
+        self._start_in_s: float | None = 0.0
+        """Not None: it is dead, or has never been started."""
         self._num_failed_starts = 0
         """In a row."""
         self._num_missed = 0
@@ -86,19 +86,22 @@ class WorkerActor:
             f"{self._num_missed} beats missed, to hold {len(self._told or ())} units)"
         )
 
-    async def heartbeat(self, epoch: int) -> "WorkerReport | None":
+    async def heartbeat(self, stamp: "Stamp") -> "WorkerReport | None":
         """Renew its lease and hear from it; None once it is dead. The next call starts another.
 
         A worker that stays silent is killed, and so is dead in the end.
         """
-        if self._start_again_in_s is not None:
-            await asyncio.sleep(self._start_again_in_s)
-            self._actor, self._start_again_in_s = self._start(), None
+        if self._start_in_s is not None:
+            await asyncio.sleep(self._start_in_s)
+            # It imports torch and calls Ray's control store, which may be slow or away; whoever
+            # waited for it here would renew nobody's lease meanwhile.
+            self._actor = await asyncio.to_thread(self._start)
+            self._start_in_s = None
         while True:
             timeout_s = START_TIMEOUT_S if self.incarnation is None else BEAT_TIMEOUT_S
             try:
                 report: WorkerReport = await asyncio.wait_for(
-                    self._actor.heartbeat.remote(self._owner, epoch), timeout_s
+                    self._actor.heartbeat.remote(self._owner, stamp), timeout_s
                 )
             except RayActorError as error:
                 self._note_death(error)
@@ -123,10 +126,10 @@ class WorkerActor:
         has_started = self.incarnation is not None
         self.incarnation, self._num_missed, self.error = None, 0, None
         if has_started:
-            self._start_again_in_s = 0.0
+            self._start_in_s = 0.0
             return
         doublings = min(self._num_failed_starts, 10)
-        self._start_again_in_s = min(MAX_WAIT_S, FIRST_WAIT_S * 2**doublings)
+        self._start_in_s = min(MAX_WAIT_S, FIRST_WAIT_S * 2**doublings)
         self._num_failed_starts += 1
         # One that ends just when it is found, as its last owner wanted, is no failure.
         if error.actor_init_failed or self._num_failed_starts > 1:
@@ -149,19 +152,21 @@ class WorkerActor:
             self._told = units
 
     async def release(self) -> None:
-        """End it, unless it has passed to another owner."""
+        """End it, unless it has passed to another owner or has never been started."""
+        if self._actor is None:
+            return
         with suppress(RayError):
             await self._actor.release.remote(self._owner)
 
     async def dismiss(self) -> None:
         """End it: there are to be fewer."""
-        if self.incarnation is None:  # it may still wait for a node to start on
-            ray.kill(self._actor)
+        if self.incarnation is None and self._actor is not None:
+            ray.kill(self._actor)  # it may still wait for a node to start on
         else:
             await self.release()
 
     def _start(self) -> Any:
-        """A handle of it; starts it if there is none of this name."""
+        """A handle of it; starts it if there is none of this name. From any thread."""
         # torch is only wanted in the workers
         from cluster.expert.worker import ExpertWorker, WorkerSettings
 

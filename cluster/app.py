@@ -21,6 +21,7 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, HTTPOptions, ProxyLocation
 from ray.serve.schema import ApplicationStatus
 
+from cluster import rpc
 from cluster.actors import NAMESPACE, alive_workers, worker_name
 from cluster.client import Client
 from cluster.config import ServeConfig, is_loopback
@@ -116,6 +117,12 @@ def check_checkpoint(config: ServeConfig) -> None:
         raise ConfigurationError(
             f"max_model_len {config.max_model_len} exceeds the model's "
             f"{model.max_position_embeddings} positions"
+        )
+    most = rpc.max_step_tokens(model)
+    if config.max_tokens_per_step > most:
+        raise ConfigurationError(
+            f"max_tokens_per_step {config.max_tokens_per_step} exceeds the {most} tokens of this "
+            "model that a message between head and worker holds"
         )
 
 

@@ -165,8 +165,9 @@ class ServeConfig(BaseModel):
     max_running_sequences: int = Field(default=64, ge=1)
     """Sequences in one step of a head, at most."""
     max_tokens_per_step: int = Field(default=512, ge=1)
-    """Tokens in one step of a head, at most; not below max_running_sequences. A longer prompt is
-    computed in chunks of this size, so it delays everybody's next token by one such step only."""
+    """Tokens in one step of a head, at most; not below max_running_sequences, nor above what a
+    message to a worker holds (16,364 of Mixtral-8x7B, 10,912 of 8x22B). A longer prompt is computed
+    in chunks of this size, so it delays everybody's next token by one such step only."""
     max_micro_batches: int = Field(default=4, ge=1, le=8)
     """Parts of a step, at most, of which one's attention is computed while another's experts are.
     How many there are is tried out while it serves: more pay on slow links and for long prompts. 1:

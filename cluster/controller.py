@@ -154,7 +154,10 @@ class Controller:
             sizes, manifest = await asyncio.to_thread(self._read_checkpoint)
             num_workers = max(config.num_workers, min(num_alive, config.most_workers))
             living = LivingPlacement(
-                sizes.for_workers(num_workers), name_of, drain_s=config.expert_timeout_s
+                sizes.for_workers(num_workers),
+                name_of,
+                drain_s=config.expert_timeout_s,
+                term=time.time_ns(),
             )
             living.proposal()()  # is there room at all?
         except (MaestraleError, ModelError, OSError) as error:
@@ -202,7 +205,7 @@ class Controller:
     ) -> None:
         """Hear from one worker again and again, and tell it what to hold, until it may go."""
         while not living.may_go(index):
-            report = await worker.heartbeat(living.epoch)
+            report = await worker.heartbeat(living.stamp)
             if report is None:
                 living.lose(index)
                 self._go_on(living)
@@ -227,7 +230,7 @@ class Controller:
         now = time.monotonic()
         if living.needs_plan:
             self._adopt(living, living.proposal()())
-        living.drain([head.epoch for head, _ in self._heads.values()], now)
+        living.drain([head.stamp for head, _ in self._heads.values()], now)
         if (placement := living.publish(now)) is not None:
             logger.info("placement %d: %s", placement.epoch, placement.workers)
             self._set_view(replace(self._view, placement=placement))

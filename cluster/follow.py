@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from cluster.placement import ClusterView
+from cluster.placement import ClusterView, Stamp
 from cluster.signals import HeadTotals
 
 if TYPE_CHECKING:
@@ -31,14 +31,14 @@ class HeadReport:
     """What a head replica tells the controller with every call.
 
     address: where it takes requests, None while it is not ready. error: why it never will be.
-    epoch: of the placement it goes by, 0 while it knows none.
+    stamp: of the placement it goes by, (0, 0) while it knows none.
     totals: what it has done since its start.
     """
 
     name: str
     address: str | None = None
     error: str | None = None
-    epoch: int = 0
+    stamp: Stamp = (0, 0)
     totals: HeadTotals = field(default_factory=HeadTotals)
 
 

@@ -6,12 +6,23 @@ cluster, a replaced worker and a restarted controller: they look only at what is
 held. Pure: told what workers and heads say and what time it is.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from cluster.load import LoadTracker
-from cluster.placement import Copy, Placement, Table, WorkerInfo, WorkerReport, held_by
+from cluster.placement import (
+    Placement,
+    Stamp,
+    Table,
+    WorkerInfo,
+    WorkerReport,
+    available,
+    compacted,
+    held_by,
+    other_copies,
+    renumbered,
+)
 from cluster.planning import busiest, moves, plan, rooms
 from cluster.signals import WorkerTotals
 from model.units import Unit
@@ -85,14 +96,17 @@ class _Published:
 class LivingPlacement:
     """Wanted, held, published. Owned by the controller's event loop."""
 
-    def __init__(self, sizes: Sizes, name_of: Callable[[int], str], *, drain_s: float) -> None:
+    def __init__(
+        self, sizes: Sizes, name_of: Callable[[int], str], *, drain_s: float, term: int
+    ) -> None:
         """name_of: a worker. drain_s: how long heads that do not say that they have moved on are
-        waited for.
+        waited for. term: of this controller, above those before it; raised where it is not.
         """
         self.num_workers = sizes.num_workers
         """How many are wanted. Those with higher numbers give away what they hold, and may go."""
         self.load = LoadTracker(sizes.num_layers, sizes.num_experts)
-        self.epoch = 0
+        self._term = term
+        self._epoch = 0
         self._sizes = sizes
         self._name_of = name_of
         self._drain_s = drain_s
@@ -106,9 +120,14 @@ class LivingPlacement:
     def __repr__(self) -> str:
         num_heard = sum(report is not None for report in self._reports)
         return (
-            f"LivingPlacement(epoch {self.epoch}, {num_heard} of {len(self._reports)} workers, "
+            f"LivingPlacement(epoch {self._epoch}, {num_heard} of {len(self._reports)} workers, "
             f"{self.num_missing} units to load, {len(self._draining)} epochs drain)"
         )
+
+    @property
+    def stamp(self) -> Stamp:
+        """Of the newest placement that there is, as far as is known."""
+        return self._term, self._epoch
 
     # --- what is heard ---
 
@@ -118,7 +137,8 @@ class LivingPlacement:
         if before is not None and before.incarnation != report.incarnation:
             self.lose(worker)
         self._reports[worker] = report
-        self.epoch = max(self.epoch, report.epoch)
+        if self._published is None:  # later, it may have heard of a controller after this one
+            self._come_after(report.stamp)
         self.load.count(report.incarnation, report.rows)
 
     def lose(self, worker: int) -> None:
@@ -128,18 +148,26 @@ class LivingPlacement:
             self.load.forget(report.incarnation)
         self._reports[worker] = None
 
-    def drain(self, epochs_of_heads: Collection[int], now: float) -> None:
+    def drain(self, stamps_of_heads: Collection[Stamp], now: float) -> None:
         """Forget the placements that no head goes by any more, or for too long.
 
-        epochs_of_heads: that each of them goes by; 0 for one that knows no placement yet.
+        stamps_of_heads: of what each of them goes by; (0, 0) for one that knows no placement yet.
         """
-        self.epoch = max(self.epoch, *epochs_of_heads, 0)  # they take no lower one
-        oldest = min((epoch for epoch in epochs_of_heads if epoch), default=self.epoch)
+        for stamp in stamps_of_heads:
+            self._come_after(stamp)  # they take no older one
+        oldest = min((stamp for stamp in stamps_of_heads if any(stamp)), default=self.stamp)
         self._draining = [
             old
             for old in self._draining
-            if oldest <= old.placement.epoch and now - old.replaced_at < self._drain_s
+            if oldest <= old.placement.stamp and now - old.replaced_at < self._drain_s
         ]
+
+    def _come_after(self, stamp: Stamp) -> None:
+        """Whatever is published from now on is later than that."""
+        term, epoch = stamp
+        if term > self._term:
+            self._term = term + 1
+        self._epoch = max(self._epoch, epoch)
 
     @property
     def totals(self) -> dict[int, WorkerTotals]:
@@ -215,7 +243,7 @@ class LivingPlacement:
         load = self.load.expected()
         nodes = [report.node if report else "" for report in self._reports]
         members = sorted(self._members_now)
-        stays = _renumbered(current, {worker: n for n, worker in enumerate(members)})
+        stays = renumbered(current, {worker: n for n, worker in enumerate(members)})
 
         def find() -> Change:
             planned = plan(
@@ -229,7 +257,7 @@ class LivingPlacement:
                 num_copies=sizes.num_copies,
                 num_slices=sizes.num_slices,
             )
-            table = _renumbered(planned, dict(enumerate(members)))
+            table = renumbered(planned, dict(enumerate(members)))
             return Change(
                 table,
                 frozenset(members),
@@ -295,7 +323,7 @@ class LivingPlacement:
         is_whole = all(copies for layer in table for copies in layer)
         if self._published is None and not is_whole:
             return None
-        used, compact = _compact(table)
+        used, compact = compacted(table)
         infos = []
         for worker in used:
             report = self._reports[worker]
@@ -305,16 +333,16 @@ class LivingPlacement:
                     self._name_of(worker), report.address, report.incarnation, report.num_bytes
                 )
             )
-        placement = Placement(self.epoch + 1, tuple(infos), compact)
+        placement = Placement(self._epoch + 1, tuple(infos), compact, self._term)
         if self._published is not None:
             before = self._published.placement
-            # heads that go by a higher epoch, of a controller before this one, would not take it
-            is_newest = before.epoch == self.epoch
+            # heads that go by a later one, of a controller before this one, would not take it
+            is_newest = before.stamp == self.stamp
             is_same = (before.table, before.workers) == (placement.table, placement.workers)
             if is_newest and is_same:
                 return None
             self._draining.append(replace(self._published, replaced_at=now))
-        self.epoch += 1
+        self._epoch += 1
         self._published = _Published(placement, table)
         return placement
 
@@ -328,72 +356,8 @@ class LivingPlacement:
         held = [self._held(worker) for worker in range(len(self._reports))]
         return tuple(
             tuple(
-                tuple(_other_copies(layer, e, self._sizes.num_slices, held, ()))
+                tuple(other_copies(layer, e, self._sizes.num_slices, held, ()))
                 for e, _ in enumerate(nothing)
             )
             for layer in range(self._sizes.num_layers)
         )
-
-
-def available(target: Table, held: Sequence[Collection[Unit]]) -> Table:
-    """What heads can be told: of each expert the wanted copies that are there already, and as many
-    other ones as are still missing. held: by worker.
-    """
-    table = []
-    for layer, experts in enumerate(target):
-        row = []
-        for expert_id, wanted in enumerate(experts):
-            num_slices = len(wanted[0])
-            there = [
-                copy
-                for copy in wanted
-                if all(
-                    Unit(layer, expert_id, number, num_slices) in held[worker]
-                    for number, worker in enumerate(copy)
-                )
-            ]
-            used = {worker for copy in there for worker in copy}
-            others = _other_copies(layer, expert_id, num_slices, held, used)
-            row.append((*there, *others[: len(wanted) - len(there)]))
-        table.append(tuple(row))
-    return tuple(table)
-
-
-def _other_copies(
-    layer: int,
-    expert_id: int,
-    num_slices: int,
-    held: Sequence[Collection[Unit]],
-    used: Collection[int],
-) -> list[Copy]:
-    """Copies of an expert that can be put together from the workers that are not used yet."""
-    holders = [
-        [
-            worker
-            for worker, units in enumerate(held)
-            if worker not in used and Unit(layer, expert_id, number, num_slices) in units
-        ]
-        for number in range(num_slices)
-    ]
-    return list(zip(*holders, strict=False))
-
-
-def _compact(table: Table) -> tuple[list[int], Table]:
-    """The workers that hold something, and the table numbered by those."""
-    used = sorted({w for layer in table for copies in layer for copy in copies for w in copy})
-    return used, _renumbered(table, {worker: index for index, worker in enumerate(used)})
-
-
-def _renumbered(table: Table, number: Mapping[int, int]) -> Table:
-    """A table by other numbers of the workers, without the copies of those that have none."""
-    return tuple(
-        tuple(
-            tuple(
-                tuple(number[worker] for worker in copy)
-                for copy in copies
-                if all(worker in number for worker in copy)
-            )
-            for copies in layer
-        )
-        for layer in table
-    )

@@ -3,7 +3,7 @@
 Pure: no network, no clock, no torch. `planning` decides who is to hold what.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cluster.signals import WorkerTotals
@@ -11,6 +11,9 @@ from model.units import Unit
 
 Copy = tuple[int, ...]
 """The workers, by index, that hold slice 0, 1, ... of an expert; a single one holds it whole."""
+
+Stamp = tuple[int, int]
+"""Term and epoch of a placement: of two, the later has the higher one. (0, 0): of none."""
 
 Table = tuple[tuple[tuple[Copy, ...], ...], ...]
 """Of each layer, of each expert: its copies. None of them: nobody holds it now, the controller has
@@ -36,7 +39,7 @@ class WorkerReport:
     """What an expert worker says with every heartbeat.
 
     node:      where it runs.
-    epoch:     the highest that it was told, by any controller.
+    stamp:     the highest that it had been told before this one, by any controller.
     held:      the units that it can be asked for, with the digest of what was read for each.
     num_bytes: of these.
     rows:      how many it has computed since its start, by layer and expert.
@@ -47,7 +50,7 @@ class WorkerReport:
     address: str
     incarnation: int
     node: str
-    epoch: int
+    stamp: Stamp
     held: Mapping[Unit, str]
     num_bytes: int
     rows: Mapping[tuple[int, int], int]
@@ -57,11 +60,20 @@ class WorkerReport:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where every expert is. Immutable; each change has a new epoch."""
+    """Where every expert is. Immutable; each change has a new epoch.
+
+    term: of the controller that published it. One that has been replaced and does not know it yet
+          may go on publishing; heads that know a placement of a higher term pass over its own.
+    """
 
     epoch: int
     workers: tuple[WorkerInfo, ...]
     table: Table
+    term: int = 0
+
+    @property
+    def stamp(self) -> Stamp:
+        return self.term, self.epoch
 
     @property
     def num_missing(self) -> int:
@@ -82,6 +94,70 @@ def held_by(table: Table, worker: int) -> list[Unit]:
         for copy in copies
         for slice_number, holder in enumerate(copy)
         if holder == worker
+    )
+
+
+def available(target: Table, held: Sequence[Collection[Unit]]) -> Table:
+    """What heads can be told: of each expert the wanted copies that are there already, and as many
+    other ones as are still missing. held: by worker.
+    """
+    table = []
+    for layer, experts in enumerate(target):
+        row = []
+        for expert_id, wanted in enumerate(experts):
+            num_slices = len(wanted[0])
+            there = [
+                copy
+                for copy in wanted
+                if all(
+                    Unit(layer, expert_id, number, num_slices) in held[worker]
+                    for number, worker in enumerate(copy)
+                )
+            ]
+            used = {worker for copy in there for worker in copy}
+            others = other_copies(layer, expert_id, num_slices, held, used)
+            row.append((*there, *others[: len(wanted) - len(there)]))
+        table.append(tuple(row))
+    return tuple(table)
+
+
+def other_copies(
+    layer: int,
+    expert_id: int,
+    num_slices: int,
+    held: Sequence[Collection[Unit]],
+    used: Collection[int],
+) -> list[Copy]:
+    """Copies of an expert that can be put together from the workers that are not used yet."""
+    holders = [
+        [
+            worker
+            for worker, units in enumerate(held)
+            if worker not in used and Unit(layer, expert_id, number, num_slices) in units
+        ]
+        for number in range(num_slices)
+    ]
+    return list(zip(*holders, strict=False))
+
+
+def compacted(table: Table) -> tuple[list[int], Table]:
+    """The workers that hold something, and the table numbered by those."""
+    used = sorted({w for layer in table for copies in layer for copy in copies for w in copy})
+    return used, renumbered(table, {worker: index for index, worker in enumerate(used)})
+
+
+def renumbered(table: Table, number: Mapping[int, int]) -> Table:
+    """A table by other numbers of the workers, without the copies of those that have none."""
+    return tuple(
+        tuple(
+            tuple(
+                tuple(number[worker] for worker in copy)
+                for copy in copies
+                if all(worker in number for worker in copy)
+            )
+            for copies in layer
+        )
+        for layer in table
     )
 
 

@@ -7,6 +7,7 @@ over its copies; what a row takes counts as the same on every worker.
 Pure: no network, no clock, no torch. Same input, same plan: a restarted controller moves nothing.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 
 from cluster.errors import PlacementError
@@ -44,8 +45,8 @@ def plan(
     load:         even, if left out.
     current:      what is held now. Each unit that must be loaded costs MOVE_PRICE.
     num_copies:   of each expert, at least; never two on one worker.
-    num_slices:   each expert is cut over so many workers, which then hold the same slices of
-                  everything. It must divide their number.
+    num_slices:   each expert is cut over so many workers, a crew, which then hold the same slices
+                  of everything. It must divide their number.
     Raises PlacementError when the experts do not fit.
     """
     if len(budgets) % num_slices:
@@ -59,8 +60,7 @@ def plan(
             f"there are {len(budgets)}"
         )
     nodes = nodes or [""] * len(budgets)
-    by_node = sorted(range(len(budgets)), key=lambda worker: (nodes[worker], worker))
-    crews = [tuple(by_node[i : i + num_slices]) for i in range(0, len(by_node), num_slices)]
+    crews = _crews(nodes, num_slices, current)
     needed = num_layers * num_experts
     of_workers = rooms(needed, expert_bytes, budgets, num_slices)
     of_crews = [min(of_workers[worker] for worker in crew) for crew in crews]
@@ -133,10 +133,57 @@ def _scaled(load: Load, num_sites: int) -> list[list[float]]:
     return [[rows / even if even else 1.0 for rows in layer] for layer in load]
 
 
+def _crews(nodes: Sequence[str], num_slices: int, current: Table | None) -> list[Copy]:
+    """Workers that are to hold slices together: by nodes, or as they do now if more stays so.
+
+    A worker that comes back on another node, by nodes alone, would have most others change crews
+    and load everything anew.
+    """
+    by_node = sorted(range(len(nodes)), key=lambda worker: (nodes[worker], worker))
+    of_nodes = _cut(by_node, num_slices)
+    if not current or num_slices == 1:
+        return of_nodes
+    num_uses = Counter(copy for layer in current for copies in layer for copy in copies)
+    kept: list[Copy] = []
+    left = set(by_node)
+    for copy in sorted(num_uses, key=lambda copy: (-num_uses[copy], copy)):
+        if len(copy) == num_slices and left.issuperset(copy):
+            kept.append(copy)
+            left.difference_update(copy)
+    kept += _cut([worker for worker in by_node if worker in left], num_slices)
+    kept.sort(key=lambda crew: by_node.index(crew[0]))
+
+    def num_held(crews: Sequence[Copy]) -> int:
+        return sum(len(sites) for layer in _held_by_crews(current, crews) for sites in layer)
+
+    return max(of_nodes, kept, key=num_held)  # the first if they are equal
+
+
+def _cut(workers: Sequence[int], num_slices: int) -> list[Copy]:
+    return [tuple(workers[i : i + num_slices]) for i in range(0, len(workers), num_slices)]
+
+
 def _held_by_crews(current: Table, crews: Sequence[Copy]) -> list[list[tuple[int, ...]]]:
-    """A table by site; copies that no crew holds are left out."""
+    """A table by site. A crew holds what its workers do, in whatever copies the table names them;
+    copies that no crew holds are left out.
+    """
     site_of = {crew: site for site, crew in enumerate(crews)}
+    units = {worker: frozenset(held_by(current, worker)) for crew in crews for worker in crew}
+
+    def sites(layer: int, expert_id: int) -> tuple[int, ...]:
+        named = [site_of[copy] for copy in current[layer][expert_id] if copy in site_of]
+        others = [
+            site
+            for site, crew in enumerate(crews)
+            if site not in named
+            and all(
+                Unit(layer, expert_id, number, len(crew)) in units[worker]
+                for number, worker in enumerate(crew)
+            )
+        ]
+        return (*named, *others)
+
     return [
-        [tuple(site_of[copy] for copy in copies if copy in site_of) for copies in layer]
-        for layer in current
+        [sites(layer, expert_id) for expert_id in range(len(experts))]
+        for layer, experts in enumerate(current)
     ]

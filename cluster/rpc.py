@@ -28,7 +28,10 @@ EXPERT_SERVICE = expert_pb2.DESCRIPTOR.services_by_name["Expert"].full_name
 HEAD_SERVICE = head_pb2.DESCRIPTOR.services_by_name["Head"].full_name
 
 MAX_MESSAGE_BYTES = 256 * 2**20
-"""Largest message on any stream. A step of 8,192 tokens of Mixtral-8x7B in float32 takes half."""
+"""Largest message on any stream; what `max_step_tokens` says comes of it."""
+
+_HEADER_BYTES = 2**16
+"""More than all of a message to or from a worker that does not grow with its rows."""
 
 MAX_STREAMS = 64
 """Peers that may be connected to one server at a time; each holds a thread."""
@@ -55,6 +58,14 @@ CHANNEL_OPTIONS: list[tuple[str, int]] = [
     ("grpc.http2.max_pings_without_data", 0),
 ]
 """For channels and servers alike."""
+
+
+def max_step_tokens(config: MixtralConfig) -> int:
+    """Tokens of one step of which a message to a worker, and its answer, hold the rows: for each
+    token at most 32 bits a value, and of each of its experts a row number and a weight.
+    """
+    row_bytes = 4 * config.hidden_size + 8 * config.num_experts_per_tok
+    return (MAX_MESSAGE_BYTES - _HEADER_BYTES) // row_bytes
 
 
 def new_incarnation() -> int:

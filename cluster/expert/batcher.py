@@ -140,6 +140,10 @@ class Batcher:
             except KeyError as error:
                 raise NotHeldError(f"dropped while the call waited: {error}") from error
             sums_RD = weighted_sums(held, x_RD, assignments)
+        if sums_RD.device.type == "cuda":
+            # What has only been launched is neither done nor known to be well; and calls that come
+            # meanwhile are to pile up here, not one after the other in the device's queue.
+            torch.cuda.current_stream(sums_RD.device).synchronize()
         begin = 0
         for job in jobs:
             job.sums_RD = sums_RD[begin : begin + len(job.x_RD)]

@@ -21,7 +21,7 @@ from cluster.expert.batcher import Batcher
 from cluster.expert.loader import Loader
 from cluster.expert.service import ExpertService
 from cluster.metrics import WorkerMetrics
-from cluster.placement import WorkerReport
+from cluster.placement import Stamp, WorkerReport
 from cluster.security import Security
 from model.experts import ExpertWeights
 from model.tensor_files import digested
@@ -90,7 +90,7 @@ class ExpertWorker:
         self._service.add_to(self._server)
         self._server.start()
         self._owner = ""
-        self._epoch = 0
+        self._stamp: Stamp = (0, 0)
         self._lease_ends = time.monotonic() + settings.lease_s
         threading.Thread(target=self._watch_lease, name="lease", daemon=True).start()
 
@@ -102,19 +102,20 @@ class ExpertWorker:
         """Hold exactly these units, see `Loader.hold`. Returns at once."""
         self._loader.hold(units, expected)
 
-    def heartbeat(self, owner: str, epoch: int) -> WorkerReport:
+    def heartbeat(self, owner: str, stamp: Stamp) -> WorkerReport:
         """Renew the lease in the name of `owner`, who from now on owns this worker.
 
-        epoch: the placement in force. The worker remembers the highest, for a new controller.
+        stamp: of the placement in force. The worker remembers the highest, and says it to the next
+        controller before it takes that one's.
         """
         self._owner = owner
-        self._epoch = max(self._epoch, epoch)
+        known, self._stamp = self._stamp, max(self._stamp, stamp)
         self._lease_ends = time.monotonic() + self._settings.lease_s
         return WorkerReport(
             address=self._address,
             incarnation=self._identity.incarnation,
             node=self._node,
-            epoch=self._epoch,
+            stamp=known,
             held=self._loader.digests,
             num_bytes=self._loader.num_bytes,
             rows=self._metrics.row_counts(),

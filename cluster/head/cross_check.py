@@ -10,9 +10,11 @@ Shape suffixes: T tokens, D hidden.
 import logging
 import queue
 import threading
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import combinations
 
 import grpc
 import torch
@@ -62,6 +64,8 @@ class CrossCheck:
         self._num_rows = 0.0
         """Offered since the last sample."""
         self._num_samples = 0
+        self._num_samples_of: Counter[Unit] = Counter()
+        """So that each pair of a unit's copies has its turn."""
         self._channels: dict[WorkerInfo, grpc.Channel] = {}
         self._samples: queue.Queue[_Sample | None] = queue.Queue(MAX_WAITING)
         self._thread = threading.Thread(target=self._run, name="cross-check", daemon=True)
@@ -80,8 +84,10 @@ class CrossCheck:
         if len(found) < 2:
             return
         row = int(assignments.rows_A[sum(count for _, count in assignments.counts[:number])])
-        first, second = found[:2]
-        sample = _Sample(epoch, unit, x_TD[row : row + 1].clone(), (first, second))
+        pairs = list(combinations(found, 2))
+        pair = pairs[self._num_samples_of[unit] % len(pairs)]
+        self._num_samples_of[unit] += 1
+        sample = _Sample(epoch, unit, x_TD[row : row + 1].clone(), pair)
         try:
             self._samples.put_nowait(sample)
         except queue.Full:

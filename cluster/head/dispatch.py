@@ -9,7 +9,7 @@ Shape suffixes: T tokens, D hidden, R rows of one worker, A assignments.
 
 import logging
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +25,7 @@ from cluster.head.feed import PlacementFeed
 from cluster.head.routes import Directory, Routes
 from cluster.head.stream import WorkerStream
 from cluster.metrics import HeadMetrics
-from cluster.placement import WorkerInfo
+from cluster.placement import Placement, WorkerInfo
 from model.experts import Assignments, assign
 from model.phases import UNWATCHED, Phases
 from model.router import Routing
@@ -34,6 +34,9 @@ logger = logging.getLogger(__name__)
 
 ASK_AGAIN_S = 0.1
 """How long rows wait before a worker that refused them is asked again, if nothing changes."""
+
+FAILURES_TO_BAN = 3
+"""Calls in a row that a worker could not compute and another could: by then it is not the rows."""
 
 
 @dataclass(frozen=True)
@@ -80,15 +83,18 @@ class RemoteExperts:
         self._directory = Directory(feed, identity, drain_s=timeout_s)
         self._times: dict[WorkerInfo, AnswerTimes] = {}
         """Of workers that have answered; no more of them than the placement names."""
+        self._num_failed: dict[WorkerInfo, int] = {}
+        """Calls in a row that others computed in place of a worker that could not."""
         self._next_call_id = 1
+        self._num_dispatches = 0
 
     def __repr__(self) -> str:
         return f"RemoteExperts({self._directory})"
 
     @property
-    def epoch(self) -> int | None:
-        """Of the placement that rows go by now."""
-        return self._directory.epoch
+    def placement(self) -> Placement | None:
+        """The one that rows go by now."""
+        return self._directory.placement
 
     def connect(self, timeout_s: float) -> bool:
         """Wait until every expert can be asked for; says whether that is so."""
@@ -108,16 +114,20 @@ class RemoteExperts:
         workers = routes.placement.workers
         if len(self._times) > len(workers):  # of some that have left
             self._times = {w: self._times[w] for w in workers if w in self._times}
+        if len(self._num_failed) > len(workers):
+            self._num_failed = {w: self._num_failed[w] for w in workers if w in self._num_failed}
         assignments = assign(layer, routing)
         parts = self._send(routes, x_TD, [assignments])
         if self._cross_check is not None and parts:
             self._cross_check.offer(x_TD, assignments, routes.copies)
-        return RemoteRows(self, layer, x_TD, assignments, parts)
+        timed = self._num_dispatches % len(parts) if parts else None
+        self._num_dispatches += 1
+        return RemoteRows(self, layer, x_TD, assignments, parts, timed)
 
     def receive(self, part: _Part, *, is_timely: bool) -> wire.Reply:
         """The answer to a part. Drops the stream of a worker that fails, and raises why.
 
-        is_timely: nothing else has held the caller up, so the worker's time may be measured.
+        is_timely: no other answer was waited for before, so the worker's time may be measured.
         """
         worker = part.stream.worker
         try:
@@ -131,7 +141,16 @@ class RemoteExperts:
         if is_timely:
             times = self._times.setdefault(worker, AnswerTimes())
             times.observe(len(part.assignments.rows_A), time.monotonic() - part.sent_at)
+        if self._num_failed:
+            self._num_failed.pop(worker, None)
         return reply
+
+    def blame(self, workers: Collection[WorkerInfo]) -> None:
+        """These could not compute what others could. Bans those that have done nothing else."""
+        for worker in workers:
+            self._num_failed[worker] = self._num_failed.get(worker, 0) + 1
+            if self._num_failed[worker] >= FAILURES_TO_BAN:
+                self._directory.ban(worker, "fails whatever it is asked")
 
     def send_again(
         self,
@@ -260,6 +279,9 @@ class RemoteRows:
     assignments: Assignments
     parts: list[_Part] | None
     """None: some of the experts could not be asked for."""
+    timed: int | None
+    """Which of them is received first, and its worker's time taken: of answers that came while
+    another was waited for nobody knows when. Each has its turn, dispatch by dispatch."""
 
     def wait(self) -> Tensor:
         """Weighted sums (T, D) float32, added in ascending order of the workers.
@@ -277,27 +299,25 @@ class RemoteRows:
         refused_by: set[WorkerInfo] = set()
         failed: dict[WorkerInfo, ExpertFailedError] = {}
         lost_since = None
+        timed = self.timed
         while True:
             # One may be out of order; what two cannot compute is the rows' own fault.
             may_fail = not failed
-            for part in parts:
-                phases.enter("transfer")
-                try:
-                    reply = self.experts.receive(part, is_timely=cause is None)
-                except (ExpertsUnavailableError, ExpertFailedError) as error:
-                    if isinstance(error, CallRefusedError):
+            for part, answer in self._answers(parts, timed):
+                if not isinstance(answer, wire.Reply):
+                    if isinstance(answer, CallRefusedError):
                         refused_by.add(part.stream.worker)
-                    elif isinstance(error, ExpertFailedError):
+                    elif isinstance(answer, ExpertFailedError):
                         if not may_fail:
-                            raise
-                        failed[part.stream.worker] = error
-                    logger.warning("%s; %d rows are sent again", error, len(part.rows_R))
+                            raise answer
+                        failed[part.stream.worker] = answer
+                    logger.warning("%s; %d rows are sent again", answer, len(part.rows_R))
                     lost.append(part.assignments)
-                    cause = error
+                    cause = answer
                     continue
                 phases.enter("unpacking")
-                compute_s = max(compute_s, reply.compute_s)
-                sums_TD.index_add_(0, part.rows_R, reply.sums_RD.to(sums_TD.device))
+                compute_s = max(compute_s, answer.compute_s)
+                sums_TD.index_add_(0, part.rows_R, answer.sums_RD.to(sums_TD.device))
             if not lost:
                 break
             # Experts keep no state, so twice does no harm.
@@ -309,8 +329,29 @@ class RemoteRows:
             parts, is_all = self.experts.send_again(
                 self, lost, refused_by, failed, cause, lost_since
             )
-            lost = []
+            lost, timed = [], None
             if is_all:
                 sums_TD.zero_()
+        self.experts.blame(failed)
         phases.reveal(compute_s, was="transfer", really="experts")
         return sums_TD
+
+    def _answers(
+        self, parts: Sequence[_Part], timed: int | None
+    ) -> Iterator[tuple[_Part, wire.Reply | ExpertsUnavailableError | ExpertFailedError]]:
+        """What comes of each part, in their order, whichever is received first."""
+        early = None if timed is None else self._answer(parts[timed], is_timely=True)
+        for number, part in enumerate(parts):
+            if early is not None and number == timed:
+                yield part, early
+            else:
+                yield part, self._answer(part, is_timely=False)
+
+    def _answer(
+        self, part: _Part, *, is_timely: bool
+    ) -> wire.Reply | ExpertsUnavailableError | ExpertFailedError:
+        self.experts.phases.enter("transfer")
+        try:
+            return self.experts.receive(part, is_timely=is_timely)
+        except (ExpertsUnavailableError, ExpertFailedError) as error:
+            return error

@@ -17,8 +17,8 @@ class PlacementFeed:
         self.newest: Placement | None = None
 
     def put(self, placement: Placement) -> None:
-        """Take a placement; an older epoch than the one known is ignored."""
+        """Take a placement; one that is older than the one known is ignored."""
         with self.changed:
-            if self.newest is None or placement.epoch > self.newest.epoch:
+            if self.newest is None or placement.stamp > self.newest.stamp:
                 self.newest = placement
                 self.changed.notify_all()

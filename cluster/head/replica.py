@@ -111,8 +111,12 @@ class HeadReplica:
             self._feed.put(view.placement)
 
     def _report_now(self) -> HeadReport:
-        epoch = self._experts.epoch if self._experts else None
-        return replace(self._report, epoch=epoch or 0, totals=self._metrics.totals)
+        placement = self._experts.placement if self._experts else None
+        return replace(
+            self._report,
+            stamp=placement.stamp if placement else (0, 0),
+            totals=self._metrics.totals,
+        )
 
     def _run(self) -> None:
         """The engine thread's life."""

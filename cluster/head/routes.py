@@ -91,18 +91,19 @@ class Directory:
         """The newest placement, connections' version and bans that the routes were made for."""
 
     def __repr__(self) -> str:
-        return f"epoch {self.epoch}, {self._connections}"
+        epoch = self.placement and self.placement.epoch
+        return f"epoch {epoch}, {self._connections}"
 
     @property
-    def epoch(self) -> int | None:
-        """Of the placement that the next rows go by; None before the first. From any thread.
+    def placement(self) -> Placement | None:
+        """The one that the next rows go by; None before the first. From any thread.
 
         An idle engine asks for no routes: then it is the newest, once its workers are connected.
         """
         newest, connected = self._feed.newest, self._connections.streams
         if newest is not None and all(worker in connected for worker in newest.workers):
-            return newest.epoch
-        return self._routes.placement.epoch if self._routes else None
+            return newest
+        return self._routes.placement if self._routes else None
 
     def routes(self) -> Routes | None:
         """As of now; None before a first placement could be gone by."""
@@ -142,9 +143,13 @@ class Directory:
         """End a stream that has failed and ban its worker; False if that is old news."""
         is_new = self._connections.lose(stream)
         if is_new:
-            ban_s = self._bans.ban(stream.worker, time.monotonic())
-            logger.warning("lost %s, banned for %.1f s", stream.worker.name, ban_s)
+            self.ban(stream.worker, "lost")
         return is_new
+
+    def ban(self, worker: WorkerInfo, reason: str) -> None:
+        """Ask a worker for a while only where nobody else can be."""
+        ban_s = self._bans.ban(worker, time.monotonic())
+        logger.warning("%s: %s, banned for %.1f s", worker.name, reason, ban_s)
 
     def close(self) -> None:
         """End all streams."""

@@ -6,8 +6,9 @@ Owned by the event loop; no text, no HTTP.
 import asyncio
 import itertools
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass, field
 
 import grpc
 
@@ -33,6 +34,17 @@ OpenChannel = Callable[[str], grpc.aio.Channel]
 _TICKS = 5
 """In which the time of a head's silence is counted. A clock would also count the time when this
 process itself was stopped, and blame the head for it."""
+
+
+@dataclass(frozen=True)
+class _Open:
+    """A request in progress."""
+
+    avoids: HeadInfo | None
+    """The head that has failed to compute it: not to go on with it."""
+    events: asyncio.Queue[head_pb2.SequenceEvent | HeadUnavailableError] = field(
+        default_factory=asyncio.Queue
+    )
 
 
 class HeadConnection:
@@ -61,7 +73,7 @@ class HeadConnection:
         self._channel = open_channel(head.address)
         self._stub = head_pb2_grpc.HeadStub(self._channel)
         self._outgoing: asyncio.Queue[head_pb2.HeadRequest] = asyncio.Queue()
-        self._events: dict[int, asyncio.Queue[head_pb2.SequenceEvent | HeadUnavailableError]] = {}
+        self._open: dict[int, _Open] = {}
         self._ids = itertools.count(1)
         self._prefixes = PrefixMemory(0)
         self._num_open_then = 0
@@ -79,7 +91,7 @@ class HeadConnection:
     @property
     def num_open(self) -> int:
         """Requests of this ingress in progress there."""
-        return len(self._events)
+        return len(self._open)
 
     @property
     def takes_requests(self) -> bool:
@@ -107,22 +119,28 @@ class HeadConnection:
         """It has, or will soon have, computed these blocks of a sequence."""
         self._prefixes.remember(keys)
 
-    async def generate(self, journal: Journal) -> AsyncGenerator[tuple[int, ...], None]:
+    async def generate(
+        self, journal: Journal, avoids: HeadInfo | None
+    ) -> AsyncGenerator[tuple[int, ...], None]:
         """Run a journal on this head from where it stands; yields and records new ids.
 
+        avoids: the head that is not to go on with it.
         Closing the iterator aborts the request at the head.
         Raises HeadUnavailableError, one of its kinds, when the head does not finish it, and
         RequestError when it refuses.
         """
         request_id = next(self._ids)
         self._num_tokens_since += len(journal.prompt_ids) + len(journal.emitted_ids)
-        async with aclosing(self._run(request_id, to_submit(request_id, journal))) as events:
+        submit = to_submit(request_id, journal)
+        async with aclosing(self._run(request_id, submit, avoids)) as events:
             async for event in events:
                 news = to_news(event)
                 journal.record(news)
                 yield news.token_ids
 
-    async def classify(self, prompt_ids: Sequence[int], client: str) -> tuple[float, ...]:
+    async def classify(
+        self, prompt_ids: Sequence[int], client: str, avoids: HeadInfo | None
+    ) -> tuple[float, ...]:
         """Logits of a prompt on this head, one for each label. Cancelling aborts it there.
 
         Raises as `generate` does.
@@ -130,14 +148,15 @@ class HeadConnection:
         request_id = next(self._ids)
         self._num_tokens_since += len(prompt_ids)
         request = to_classify(request_id, prompt_ids, client)
-        async with aclosing(self._run(request_id, request)) as events:
+        async with aclosing(self._run(request_id, request, avoids)) as events:
             return tuple((await anext(events)).scores)
 
-    def hand_back(self) -> None:
-        """End all its requests here with HeadDrainsError, so that another head goes on."""
+    def hand_back(self, to: Collection[HeadInfo]) -> None:
+        """End its requests with which one of these heads may go on, with HeadDrainsError."""
         drains = HeadDrainsError(f"{self.head.name} is about to stop")
-        for events in self._events.values():
-            events.put_nowait(drains)
+        for request in self._open.values():
+            if any(head != request.avoids for head in to):
+                request.events.put_nowait(drains)
 
     async def close(self) -> None:
         """Hang up. Requests that are open are lost, and aborted at the head."""
@@ -148,17 +167,17 @@ class HeadConnection:
         await self._channel.close()
 
     async def _run(
-        self, request_id: int, submit: head_pb2.HeadRequest
+        self, request_id: int, submit: head_pb2.HeadRequest, avoids: HeadInfo | None
     ) -> AsyncGenerator[head_pb2.SequenceEvent, None]:
         """Submit a request; yields its events up to its end. Closing before that aborts it."""
         if self.loss:
             raise self.loss
-        arrived = self._events[request_id] = asyncio.Queue()
+        request = self._open[request_id] = _Open(avoids)
         self._outgoing.put_nowait(submit)
         has_ended = False
         try:
             while not has_ended:
-                event = await arrived.get()
+                event = await request.events.get()
                 if isinstance(event, HeadUnavailableError):
                     raise event
                 has_ended = event.finish != head_pb2.FINISH_NONE
@@ -168,7 +187,7 @@ class HeadConnection:
                     raise HeadFailedError(f"{self.head.name}: {event.error}")
                 yield event
         finally:
-            del self._events[request_id]
+            del self._open[request_id]
             if not has_ended and not self.loss:
                 abort = head_pb2.Abort(request_id=request_id)
                 self._outgoing.put_nowait(head_pb2.HeadRequest(abort=abort))
@@ -183,8 +202,8 @@ class HeadConnection:
             async for step in self._stub.Generate(self._requests()):
                 self._num_silent_ticks = 0
                 for event in step.events:
-                    if event.request_id in self._events:  # else aborted meanwhile
-                        self._events[event.request_id].put_nowait(event)
+                    if event.request_id in self._open:  # else aborted meanwhile
+                        self._open[event.request_id].events.put_nowait(event)
                 if step.HasField("load"):
                     self._note(step.load)
         except grpc.RpcError as error:
@@ -221,8 +240,8 @@ class HeadConnection:
         self.loss = HeadLostError(f"{self.head.name} at {self.head.address}: {reason}")
         # one that was never reached is called again and again, as long as it is listed
         logger.log(level if self.load else logging.INFO, "%s", self)
-        for events in self._events.values():
-            events.put_nowait(self.loss)
+        for request in self._open.values():
+            request.events.put_nowait(self.loss)
         self._on_change()
 
     async def _requests(self) -> AsyncIterator[head_pb2.HeadRequest]:

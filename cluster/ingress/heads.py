@@ -86,7 +86,7 @@ class HeadPool:
             async with self._probation(tries) as probation:
                 head = await self._chosen(journal.known_ids, journal.cache_salt, tries)
                 try:
-                    async with aclosing(head.generate(journal)) as batches:
+                    async with aclosing(head.generate(journal, tries.failed_at)) as batches:
                         async for token_ids in batches:
                             if tries.is_suspect:
                                 await probation.aclose()
@@ -108,7 +108,7 @@ class HeadPool:
             async with self._probation(tries):
                 head = await self._chosen(prompt_ids, "", tries)
                 try:
-                    return await head.classify(prompt_ids, client)
+                    return await head.classify(prompt_ids, client, tries.failed_at)
                 except HeadUnavailableError as error:
                     self._again_after(error, head, tries)
 
@@ -188,10 +188,10 @@ class HeadPool:
     def _on_change(self) -> None:
         """A head takes requests, or takes none any more."""
         self._refresh()
-        if self.num_ready:
-            for connection in self._connections.values():
-                if connection.is_draining:
-                    connection.hand_back()
+        ready = [each.head for each in self._connections.values() if each.takes_requests]
+        for connection in self._connections.values():
+            if connection.is_draining:
+                connection.hand_back(ready)
         self._changed.set()
         self._changed = asyncio.Event()
 

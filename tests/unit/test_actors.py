@@ -1,6 +1,7 @@
 """A worker's process may be slow, silent or gone: the controller notices, and goes on."""
 
 import asyncio
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,14 +11,15 @@ from ray.exceptions import ActorDiedError, RayError, RayTaskError
 from cluster import actors
 from cluster.actors import MAX_MISSED_BEATS, WorkerActor
 from cluster.config import ServeConfig
-from cluster.placement import WorkerReport
+from cluster.placement import Stamp, WorkerReport
 from model.units import Unit
+from tests.cluster_fakes import DEADLINE_S
 
 A, B = Unit(0, 0), Unit(0, 1)
 
 
 def report(incarnation: int = 7, error: str | None = None) -> WorkerReport:
-    return WorkerReport("127.0.0.1:1", incarnation, "", 1, {}, 0, {}, error)
+    return WorkerReport("127.0.0.1:1", incarnation, "", (2, 3), {}, 0, {}, error)
 
 
 class FakeActor:
@@ -35,8 +37,8 @@ class FakeActor:
         method: Callable[..., Any] = getattr(type(self), f"do_{name}")
         return type("Method", (), {"remote": staticmethod(lambda *args: method(self, *args))})
 
-    async def do_heartbeat(self, owner: str, epoch: int) -> WorkerReport:
-        assert (owner, epoch) == ("owner", 3)
+    async def do_heartbeat(self, owner: str, stamp: Stamp) -> WorkerReport:
+        assert (owner, stamp) == ("owner", (2, 3))
         answer = self.beats.pop(0)
         if answer is None:
             await asyncio.Event().wait()
@@ -68,6 +70,30 @@ def worker(actor: FakeActor) -> WorkerActor:
     return WorkerActor(ServeConfig(), "worker-0", None, "owner")
 
 
+def test_a_start_that_takes_long_holds_nobody_up(
+    actor: FakeActor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_start = threading.Event()
+
+    def start(worker: WorkerActor) -> FakeActor:
+        assert may_start.wait(DEADLINE_S)
+        return actor
+
+    monkeypatch.setattr(WorkerActor, "_start", start)
+    worker = WorkerActor(ServeConfig(), "worker-0", None, "owner")
+    actor.beats = [report()]
+
+    async def run() -> WorkerReport | None:
+        await worker.release()  # of what is not there yet
+        beat = asyncio.create_task(worker.heartbeat((2, 3)))
+        await asyncio.sleep(0.01)
+        assert not beat.done()
+        may_start.set()
+        return await beat
+
+    assert asyncio.run(run()) == report()
+
+
 def test_a_silent_worker_is_killed_and_another_started(
     worker: WorkerActor, actor: FakeActor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -77,7 +103,7 @@ def test_a_silent_worker_is_killed_and_another_started(
     actor.beats = [report(), *[None] * MAX_MISSED_BEATS, ActorDiedError(), report(8)]
 
     async def hear() -> list[int | None]:
-        beats = [await worker.heartbeat(3) for _ in range(3)]
+        beats = [await worker.heartbeat((2, 3)) for _ in range(3)]
         return [beat and beat.incarnation for beat in beats]
 
     assert asyncio.run(hear()) == [7, None, 8]
@@ -91,7 +117,7 @@ def test_one_missed_beat_costs_nothing(
     actor.beats = [report(), None, report()]
 
     async def hear() -> list[WorkerReport | None]:
-        return [await worker.heartbeat(3) for _ in range(2)]
+        return [await worker.heartbeat((2, 3)) for _ in range(2)]
 
     assert asyncio.run(hear()) == [report(), report()]
     assert "0 beats missed" in repr(worker)
@@ -135,13 +161,13 @@ def test_a_worker_that_cannot_start_says_why_and_is_started_ever_more_rarely(
 
     async def run() -> None:
         for _ in range(8):
-            assert await worker.heartbeat(3) is None
+            assert await worker.heartbeat((2, 3)) is None
             assert worker.error == f"cannot start: {CAUSE}"
-        assert await worker.heartbeat(3) == report()
+        assert await worker.heartbeat((2, 3)) == report()
         assert worker.error is None
 
     asyncio.run(run())
-    assert waits == [1, 2, 4, 8, 16, 30, 30, 30]
+    assert waits == [0, 1, 2, 4, 8, 16, 30, 30, 30]
 
 
 def test_a_worker_found_while_it_ends_is_no_failure_but_one_that_dies_again_is(
@@ -152,13 +178,13 @@ def test_a_worker_found_while_it_ends_is_no_failure_but_one_that_dies_again_is(
     async def hear() -> list[str | None]:
         errors = []
         for _ in range(5):
-            await worker.heartbeat(3)
+            await worker.heartbeat((2, 3))
             errors.append(worker.error)
         return errors
 
     died = "cannot start: The actor died unexpectedly before finishing this task."
     assert asyncio.run(hear()) == [None, died, None, None, None]
-    assert waits == [1, 2, 0]
+    assert waits == [0, 1, 2, 0]
 
 
 def test_orders_are_given_once_and_again_after_a_failure_or_to_a_new_process(
@@ -175,14 +201,14 @@ def test_orders_are_given_once_and_again_after_a_failure_or_to_a_new_process(
 
     async def run() -> None:
         nonlocal now
-        await worker.heartbeat(3)
+        await worker.heartbeat((2, 3))
         assert [await order(A), await order(A), await order(A, B)] == [1, 1, 2]
-        await worker.heartbeat(3)
+        await worker.heartbeat((2, 3))
         assert worker.error == "broken file"
         assert await order(A, B) == 2  # not at once
         now += actors.LOAD_AGAIN_S
         assert await order(A, B) == 3
-        await worker.heartbeat(3)
+        await worker.heartbeat((2, 3))
         assert worker.error is None
         assert await order(A, B) == 4  # a new process knows nothing
         now += actors.LOAD_AGAIN_S
@@ -201,7 +227,7 @@ def test_orders_that_may_not_have_been_heard_are_given_again(
     actor.failures = [None, RayError("the connection broke")]
 
     async def run() -> list[int]:
-        await worker.heartbeat(3)
+        await worker.heartbeat((2, 3))
         num_told = []
         for _ in range(4):
             await worker.hold((A,), {}, is_wrong=False)
@@ -216,7 +242,7 @@ def test_to_hold_nothing_is_an_order_too(worker: WorkerActor, actor: FakeActor) 
     actor.beats = [report()]
 
     async def run() -> None:
-        await worker.heartbeat(3)
+        await worker.heartbeat((2, 3))
         await worker.hold((), {}, is_wrong=False)
         await worker.hold((), {}, is_wrong=False)
 

@@ -1,9 +1,13 @@
-"""The end of a service: no worker stays, whatever becomes of the others meanwhile."""
+"""The start and the end of a service: what cannot work is refused, and no worker stays."""
 
 import pytest
 
-from cluster import app
+from cluster import app, rpc
 from cluster.actors import NAMESPACE
+from cluster.config import ServeConfig
+from cluster.errors import ConfigurationError
+from model import TINY
+from model.config import MixtralConfig
 
 
 def test_a_worker_that_ends_by_itself_after_all_does_not_save_the_next(
@@ -25,3 +29,12 @@ def test_a_worker_that_ends_by_itself_after_all_does_not_save_the_next(
     monkeypatch.setattr("ray.kill", killed.append)
     app._stop_serving()
     assert killed == names[1:]
+
+
+def test_a_step_that_fits_no_message_is_refused_before_anything_starts() -> None:
+    most = rpc.max_step_tokens(MixtralConfig.from_folder(TINY))
+    app.check_checkpoint(ServeConfig(max_tokens_per_step=most))
+    with pytest.raises(
+        ConfigurationError, match=f"max_tokens_per_step {most + 1} exceeds the {most} tokens"
+    ):
+        app.check_checkpoint(ServeConfig(max_tokens_per_step=most + 1))

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from cluster.expert import batcher as batcher_module
 from cluster.expert.batcher import (
     FEW_ROWS,
     MAX_PASSED_OVER,
@@ -345,3 +347,57 @@ def test_calls_without_assignments_get_zeros_joined_or_not(
         assert caller.error is None
         assert caller.sums_RD is not None
         assert torch.equal(caller.sums_RD, torch.zeros(3, HIDDEN))
+
+
+class OnGpu:
+    """Sums that a GPU is still computing, as far as the batcher can see."""
+
+    device = torch.device("cuda", 0)
+
+    def __getitem__(self, rows: slice) -> "OnGpu":
+        return self
+
+
+def compute_on_gpu(
+    weights: Mapping[Unit, ExpertWeights],
+    metrics: WorkerMetrics,
+    monkeypatch: pytest.MonkeyPatch,
+    synchronize: Callable[[], None],
+) -> None:
+    """One call. synchronize: what waiting for the device does."""
+    stream = SimpleNamespace(synchronize=synchronize)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(batcher_module, "weighted_sums", lambda held, x_RD, of: OnGpu())
+    Batcher(weights, metrics).compute(*call_of(2, seed=0))
+
+
+def test_on_a_gpu_a_pass_takes_until_it_is_computed(
+    weights: dict[Unit, ExpertWeights], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not only until it is launched."""
+    now = 100.0
+    took: list[float] = []
+
+    class Timed(WorkerMetrics):
+        def observe_pass(
+            self, counts: Iterable[tuple[Unit, int]], seconds: float, queued_s: Sequence[float]
+        ) -> None:
+            took.append(seconds)
+
+    def synchronize() -> None:
+        nonlocal now
+        now += 3.0
+
+    monkeypatch.setattr(batcher_module, "time", SimpleNamespace(perf_counter=lambda: now))
+    compute_on_gpu(weights, Timed(), monkeypatch, synchronize)
+    assert took == [3.0]
+
+
+def test_what_a_gpu_reports_late_is_the_calls_failure(
+    weights: dict[Unit, ExpertWeights], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def synchronize() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        compute_on_gpu(weights, Passes(), monkeypatch, synchronize)

@@ -3,6 +3,7 @@
 import random
 import threading
 from collections.abc import Iterator
+from itertools import combinations
 from types import SimpleNamespace
 from typing import Any
 
@@ -75,6 +76,15 @@ def test_one_row_in_a_hundred_is_checked_of_one_expert_after_the_other(check: Re
         assert sample.x_1D.equal(x_TD[:1])
         assert sample.copies == ((INFOS[0],), (INFOS[1], INFOS[2]))
         assert sample.epoch == 4
+
+
+def test_each_pair_of_an_experts_copies_has_its_turn(check: Recorded) -> None:
+    copies = [(info,) for info in INFOS]
+    offer(check, times=65, copies=lambda unit: (4, copies))
+    check.close()
+    for unit in (Unit(1, 2), Unit(1, 5)):
+        pairs = [sample.copies for sample in check.checked if sample.unit == unit]
+        assert pairs == list(combinations(copies, 2))
 
 
 def test_an_expert_with_one_copy_is_not_checked(check: Recorded) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from cluster import wire
 from cluster.errors import ExpertFailedError, ExpertsUnavailableError
 from cluster.head import connections
-from cluster.head.answer_times import FLOOR_S
-from cluster.head.dispatch import RemoteExperts, RemoteRows
+from cluster.head.answer_times import FLOOR_S, TIMES_SLOWEST
+from cluster.head.dispatch import FAILURES_TO_BAN, RemoteExperts, RemoteRows
 from cluster.head.feed import PlacementFeed
 from cluster.placement import Copy, Placement, Table, WorkerInfo
 from cluster.planning import plan
@@ -27,7 +29,7 @@ from model.router import Routing
 from model.sampling_params import SamplingParams
 from model.units import Unit
 from model.weights import Checkpoint
-from tests.cluster_fakes import DEADLINE_S, Weights, Workers, random_rows
+from tests.cluster_fakes import DEADLINE_S, MemoryStream, Weights, Workers, random_rows
 
 FRESH = WorkerInfo("worker-9", "127.0.0.1:9", 9, 0)
 TOLERANCE = 1e-6
@@ -494,6 +496,47 @@ def test_what_two_copies_or_the_only_one_cannot_compute_fails_at_once(
         assert sum(asked_of(workers, placement)) == num_calls
 
 
+def test_a_worker_that_fails_again_and_again_is_asked_no_more(
+    mixtral: Mixtral, weights: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.head.bans.FIRST_BAN_S", 1000.0)
+    monkeypatch.setattr("cluster.head.bans.LONGEST_BAN_S", 1000.0)
+    placement = placement_of((copied((0,), (1,)),), 2)
+    with remote(mixtral, weights, placement) as (experts, workers):
+        workers[placement.workers[0]].is_broken = True
+        for seed in range(FAILURES_TO_BAN + 2):
+            assert_right(mixtral, experts, seed=seed)
+        assert asked_of(workers, placement) == [FAILURES_TO_BAN, 2 * FAILURES_TO_BAN + 2]
+        assert workers.num_connects == 2
+
+
+def test_a_worker_that_fails_now_and_then_goes_on(mixtral: Mixtral, weights: Weights) -> None:
+    placement = placement_of((copied((0,), (1,)),), 2)
+    with remote(mixtral, weights, placement) as (experts, workers):
+        for seed in range(3 * FAILURES_TO_BAN):
+            workers[placement.workers[0]].is_broken = seed % FAILURES_TO_BAN > 0
+            assert_right(mixtral, experts, seed=seed)
+        assert asked_of(workers, placement)[0] == 3 * FAILURES_TO_BAN
+
+
+def test_who_fails_where_another_fails_too_is_not_banned(
+    mixtral: Mixtral, weights: Weights
+) -> None:
+    """What two cannot compute is the rows' own fault."""
+    placement = placement_of((copied((0,), (1,)),), 2)
+    with remote(mixtral, weights, placement) as (experts, workers):
+        for is_broken in (True, False):
+            for worker in placement.workers:
+                workers[worker].is_broken = is_broken
+            for seed in range(FAILURES_TO_BAN + 1):
+                if is_broken:
+                    with pytest.raises(ExpertFailedError):
+                        experts.dispatch(0, *rows_of(mixtral, seed=seed)).wait()
+                else:
+                    assert_right(mixtral, experts, seed=seed)
+        assert asked_of(workers, placement) == [2 * (FAILURES_TO_BAN + 1)] * 2
+
+
 def test_a_worker_is_waited_for_briefly_where_others_could_answer(
     mixtral: Mixtral, weights: Weights
 ) -> None:
@@ -505,6 +548,32 @@ def test_a_worker_is_waited_for_briefly_where_others_could_answer(
             patience = workers[placement.workers[0]].patience_s
             assert patience[0] == pytest.approx(10.0, abs=1.0)  # before anything is known
             assert patience[-1] == pytest.approx(patience_s, abs=0.2)
+
+
+def test_a_workers_time_is_taken_without_the_wait_for_others(
+    mixtral: Mixtral, weights: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    placement = placement_of((copied((0,), (1,)),), 2)
+    takes_s = dict(zip(placement.workers, (2.0, 0.1), strict=True))
+    now = sent_at = 100.0
+    receive = MemoryStream.receive
+
+    def receive_in_time(stream: MemoryStream, call: wire.Call, overdue_at: float) -> wire.Reply:
+        nonlocal now
+        now = max(now, sent_at + takes_s[stream.worker])
+        return receive(stream, call, overdue_at)
+
+    monkeypatch.setattr(MemoryStream, "receive", receive_in_time)
+    monkeypatch.setattr("cluster.head.dispatch.time", SimpleNamespace(monotonic=lambda: now))
+    with remote(mixtral, weights, placement) as (experts, workers):
+        for seed in range(4):
+            sent_at = now
+            assert_right(mixtral, experts, seed=seed)
+        assert asked_of(workers, placement) == [4, 4]
+        for worker, seconds in takes_s.items():
+            num_rows = len(workers[worker].calls[0].assignments.rows_A)
+            deadline_s = experts._times[worker].deadline_s(num_rows)
+            assert deadline_s == pytest.approx(TIMES_SLOWEST * seconds, rel=0.02)
 
 
 # --- a new placement ---
@@ -524,11 +593,11 @@ def test_a_placement_is_gone_by_once_its_workers_are_connected(
         workers.unreachable = {fresh}
         feed.put(new)
         assert_right(mixtral, experts)
-        assert experts.epoch == 1
+        assert experts.placement is old
         workers.unreachable = set()
         wait_until(lambda: is_complete(experts), feed)
         assert_right(mixtral, experts)
-        assert experts.epoch == 2
+        assert experts.placement is new
         assert [call.epoch for call in workers[fresh].calls] == [2]
         assert dropped.name not in repr(experts)
 
@@ -543,9 +612,9 @@ def test_an_idle_head_connects_to_new_workers_and_says_what_it_will_go_by(
         workers.place(new)
         workers.unreachable = {FRESH}
         feed.put(new)
-        assert experts.epoch == 1
+        assert experts.placement is old
         workers.unreachable = set()
-        wait_until(lambda: experts.epoch == 2, feed)
+        wait_until(lambda: experts.placement is new, feed)
         assert workers[FRESH].calls == []
         assert_right(mixtral, experts)
         assert len(workers[FRESH].calls) == 1
@@ -562,7 +631,7 @@ def test_a_worker_that_leaves_may_first_answer_what_it_was_asked(
         pending = experts.dispatch(0, *rows_of(mixtral))
         feed.put(new)
         assert_right(mixtral, experts, seed=2)
-        assert experts.epoch == 2
+        assert experts.placement is new
         assert_right(mixtral, experts, pending=pending)
         assert asked_of(workers, old) == [1, 1]  # nothing was sent twice
 
@@ -576,7 +645,7 @@ def test_the_answer_times_of_workers_that_have_left_are_forgotten(
         for placement in placements:
             workers.place(placement)
             feed.put(placement)
-            wait_until(lambda epoch=placement.epoch: experts.epoch == epoch, feed)
+            wait_until(lambda placement=placement: experts.placement is placement, feed)
             for seed in range(2):
                 assert_right(mixtral, experts, seed=seed)
             assert experts._times.keys() == set(placement.workers)
@@ -598,16 +667,20 @@ def test_rows_for_an_expert_that_nobody_holds_wait_for_a_placement_that_has_it(
         feed.put(hole)
         threading.Timer(0.05, feed.put, [filled]).start()
         assert_right(mixtral, experts, pending=pending)
-        assert experts.epoch == 3
+        assert experts.placement is filled
 
 
 # --- the feed ---
 
 
-def test_the_feed_keeps_the_newest_epoch_whatever_the_order(mixtral: Mixtral) -> None:
+def test_the_feed_keeps_the_latest_placement_whatever_the_order(mixtral: Mixtral) -> None:
     feed = PlacementFeed()
     assert feed.newest is None
     newer, older = (even_placement(mixtral, 2, epoch=epoch) for epoch in (5, 4))
     feed.put(newer)
     feed.put(older)
     assert feed.newest is newer
+    of_the_next_controller = replace(older, term=1)
+    feed.put(of_the_next_controller)
+    feed.put(newer)
+    assert feed.newest is of_the_next_controller

@@ -417,6 +417,32 @@ def test_a_head_that_drains_goes_on_until_there_is_another() -> None:
     run(scenario())
 
 
+def test_a_head_that_drains_goes_on_with_what_only_the_head_that_failed_it_could_take() -> None:
+    async def scenario() -> None:
+        one, other = FakeHead("one"), FakeHead("other", num_free_tokens=0)
+        third = FakeHead("third")
+        third.is_up = False
+        network = Network(one, other, third)
+        pool = network.pool()
+        await until(lambda: pool.num_ready == 2)
+        one.error = "no way to worker 3"
+        other.gate.clear()
+        asked = journal()
+        task = asyncio.create_task(told(pool, asked))
+        await until(lambda: other.num_computed)
+        other.drain()
+        await until(lambda: pool.num_ready == 1)
+        await asyncio.sleep(0.01)
+        assert not task.done()
+        third.is_up = True
+        pool.update(network.infos)
+        assert await task == expected(asked)
+        assert (one.num_computed, other.num_computed, third.num_computed) == (1, 1, 1)
+        await pool.close()
+
+    run(scenario())
+
+
 def test_a_head_that_the_controller_lost_sight_of_is_still_used() -> None:
     async def scenario() -> None:
         head = FakeHead("one")

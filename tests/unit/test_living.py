@@ -7,17 +7,19 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from cluster.living import LivingPlacement, Sizes, available
+from cluster.head.feed import PlacementFeed
+from cluster.living import LivingPlacement, Sizes
 from cluster.load import MEMORY_ROWS, PRIOR_ROWS, LoadTracker
-from cluster.placement import Placement, Table, WorkerReport, held_by
+from cluster.placement import Placement, Stamp, Table, WorkerReport, available, held_by
 from model.units import Unit
 
 DRAIN_S = 30.0
+TERM = 5
 
 
 @dataclass
 class FakeWorker:
-    """Holds what it is told to, loading one unit a beat; remembers the highest epoch it was told.
+    """Holds what it is told to, loading one unit a beat; remembers the highest stamp it was told.
 
     It checks that it never holds more than it has room for, but for one.
     """
@@ -27,7 +29,7 @@ class FakeWorker:
     room: int
     held: list[Unit] = field(default_factory=list)
     orders: tuple[Unit, ...] = ()
-    epoch: int = 0
+    stamp: Stamp = (0, 0)
     rows: dict[tuple[int, int], int] = field(default_factory=dict)
 
     def hold(self, orders: tuple[Unit, ...]) -> None:
@@ -44,7 +46,7 @@ class FakeWorker:
             address=f"127.0.0.1:{self.number + 1}",
             incarnation=self.incarnation,
             node="",
-            epoch=self.epoch,
+            stamp=self.stamp,
             held=dict.fromkeys(self.held, "digest"),
             num_bytes=len(self.held),
             rows=dict(self.rows),
@@ -66,13 +68,12 @@ class Cluster:
         self.now = 0.0
         self.placements: list[Placement] = []
         self.head_follows = True
-        self.head_epoch = 0
-        self.restart_controller()
+        self.head_stamp: Stamp = (0, 0)
+        self.living = self.new_controller()
 
-    def restart_controller(self) -> None:
-        self.living = LivingPlacement(
-            self.sizes.for_workers(self.num_workers), "worker-{}".format, drain_s=DRAIN_S
-        )
+    def new_controller(self, term: int = TERM) -> LivingPlacement:
+        sizes = self.sizes.for_workers(self.num_workers)
+        return LivingPlacement(sizes, "worker-{}".format, drain_s=DRAIN_S, term=term)
 
     def restart_worker(self, index: int) -> None:
         self.num_started += 1
@@ -92,11 +93,12 @@ class Cluster:
                 self.living.lose(index)
             else:
                 worker.load_one()
-                worker.epoch = max(worker.epoch, self.living.epoch)
-                self.living.hear(index, worker.report())
+                report = worker.report()
+                worker.stamp = max(worker.stamp, self.living.stamp)
+                self.living.hear(index, report)
             if self.living.needs_plan:
                 self.living.adopt(self.living.proposal()())
-            self.living.drain([self.head_epoch], self.now)
+            self.living.drain([self.head_stamp], self.now)
             if (placement := self.living.publish(self.now)) is not None:
                 self.placements.append(placement)
             if worker is not None:
@@ -106,7 +108,7 @@ class Cluster:
                 self.living.lose(index)
             self.check()
         if self.head_follows and self.placements:
-            self.head_epoch = self.placements[-1].epoch
+            self.head_stamp = max(self.head_stamp, self.placements[-1].stamp)
 
     def check(self) -> None:
         """Whoever the placement of head or controller names holds what it is named for."""
@@ -116,8 +118,8 @@ class Cluster:
                 if info.incarnation in alive:
                     holds = alive[info.incarnation].held
                     assert set(held_by(placement.table, index)) <= set(holds)
-        epochs = [placement.epoch for placement in self.placements]
-        assert epochs == sorted(set(epochs))
+        stamps = [placement.stamp for placement in self.placements]
+        assert stamps == sorted(set(stamps))
 
     def run(self, num_beats: int = 200) -> None:
         for _ in range(num_beats):
@@ -269,7 +271,7 @@ def test_a_restarted_controller_goes_on_from_what_is_held() -> None:
     cluster.run()
     before = cluster.newest
     held = [sorted(worker.held) for worker in cluster.workers if worker]
-    cluster.restart_controller()
+    cluster.living = cluster.new_controller(TERM + 1)
     cluster.run()
     assert cluster.newest.epoch > before.epoch
     assert cluster.newest.workers == before.workers
@@ -307,6 +309,7 @@ def test_a_worker_that_is_wanted_but_silent_is_not_counted_on() -> None:
     cluster.run()
     before = cluster.newest
     cluster.living.resize(3)
+    cluster.workers.append(None)
     cluster.beat()
     assert (cluster.newest, cluster.living.needs_plan) == (before, False)
     cluster.restart_worker(2)
@@ -331,31 +334,79 @@ def test_a_restarted_controller_keeps_the_workers_that_were_added() -> None:
     cluster.run()
     held = [sorted(worker.held) for worker in cluster.workers if worker]
     cluster.num_workers = 3
-    cluster.restart_controller()
+    cluster.living = cluster.new_controller(TERM + 1)
     cluster.run()
     assert [sorted(worker.held) for worker in cluster.workers if worker] == held
 
 
-def test_heads_take_only_higher_epochs_even_if_no_worker_remembers_any() -> None:
+def test_heads_take_only_later_placements_even_if_no_worker_remembers_any() -> None:
     cluster = Cluster(sizes())
-    cluster.head_epoch = 41
+    cluster.head_stamp = (TERM + 2, 41)
     cluster.run()
-    assert cluster.newest.epoch == 42
+    assert cluster.newest.stamp == (TERM + 3, 42)
 
 
-def test_a_head_that_is_heard_of_late_gets_an_epoch_above_its_own() -> None:
-    """Its placement may be of a controller whose last epoch no worker was told."""
+def test_a_head_that_is_heard_of_late_gets_a_placement_later_than_its_own() -> None:
+    """Its placement may be of a controller that no worker has heard of."""
     cluster = Cluster(sizes())
     cluster.run()
     assert cluster.newest.epoch == 1
-    cluster.head_epoch, cluster.head_follows = 41, False
+    cluster.head_stamp, cluster.head_follows = (TERM + 2, 41), False
     cluster.beat()
-    assert [placement.epoch for placement in cluster.placements] == [1, 42]
+    stamps = [placement.stamp for placement in cluster.placements]
+    assert stamps == [(TERM, 1), (TERM + 3, 42)]
     assert cluster.newest.table == cluster.placements[0].table
     cluster.head_follows = True
     cluster.run()
     cluster.beat()
     assert cluster.newest.epoch == 42
+
+
+@pytest.mark.parametrize("term", [TERM - 3, TERM + 3])
+def test_a_new_controllers_placements_are_later_than_the_last_ones_whatever_its_clock_says(
+    term: int,
+) -> None:
+    """Also when it hears only of the workers what there was before it."""
+    cluster = Cluster(sizes())
+    cluster.run()
+    cluster.beat()
+    before = cluster.newest
+    cluster.head_stamp, cluster.head_follows = (0, 0), False
+    cluster.living = cluster.new_controller(term)
+    cluster.run()
+    assert cluster.newest.stamp > before.stamp
+    assert cluster.newest.epoch > before.epoch
+
+
+def test_of_two_controllers_heads_go_by_the_later_one_at_the_same_epoch() -> None:
+    """One that was replaced, and is cut off from its workers, does not know it yet."""
+    cluster = Cluster(sizes(3, copies=2))
+    cluster.run()
+    old, cluster.living = cluster.living, cluster.new_controller(TERM + 1)
+    cluster.run()
+    old.lose(0)
+    stale = old.publish(cluster.now)
+    assert stale is not None
+    assert stale.epoch == cluster.newest.epoch
+    assert stale.table != cluster.newest.table
+    feed = PlacementFeed()
+    for placement in (stale, cluster.newest, stale):
+        feed.put(placement)
+    assert feed.newest is cluster.newest
+
+
+def test_a_replaced_controller_does_not_outbid_the_one_that_it_hears_of_by_workers() -> None:
+    cluster = Cluster(sizes())
+    cluster.run()
+    old, cluster.living = cluster.living, cluster.new_controller(TERM + 1)
+    cluster.run()
+    cluster.beat()
+    for index, worker in enumerate(cluster.workers):
+        assert worker is not None
+        assert worker.stamp > old.stamp
+        old.hear(index, worker.report())
+    assert old.publish(cluster.now) is None
+    assert cluster.living.stamp > old.stamp
 
 
 @given(

@@ -209,6 +209,46 @@ def test_slices_of_an_expert_are_on_workers_that_share_everything(
     assert all(len(copies) >= num_copies for layer in table for copies in layer)
 
 
+def test_a_worker_that_comes_back_on_another_node_stays_in_its_crew() -> None:
+    sizes: dict[str, Any] = {
+        "num_layers": 2,
+        "num_experts": 4,
+        "expert_bytes": [2] * 6,
+        "budgets": [None] * 6,
+        "num_slices": 2,
+    }
+    before = plan(**sizes, nodes=list("aabbcc"))
+    crews = {copy for layer in before for copies in layer for copy in copies}
+    assert crews == {(0, 1), (2, 3), (4, 5)}
+    after = plan(**sizes, nodes=list("dabbcc"), current=before)
+    assert moves(before, after, 6) == []
+
+
+def test_what_is_held_in_slices_stays_in_whatever_copies_it_is_listed() -> None:
+    """A controller that starts anew hears who holds which slice, not which of them are a crew."""
+    sizes: dict[str, Any] = {
+        "num_layers": 1,
+        "num_experts": 4,
+        "expert_bytes": [2] * 6,
+        "budgets": [None] * 6,
+        "nodes": list("abccba"),
+        "num_copies": 2,
+        "num_slices": 2,
+    }
+    before = plan(**sizes)
+    crews = {copy for copies in before[0] for copy in copies}
+    assert crews == {(0, 5), (1, 4), (2, 3)}
+    mixed = (
+        tuple(
+            tuple(zip(*(sorted(slices) for slices in zip(*copies, strict=True)), strict=True))
+            for copies in before[0]
+        ),
+    )
+    assert crews.isdisjoint(copy for copies in mixed[0] for copy in copies)
+    after = plan(**sizes, load=[[1.0, 1.001, 1.002, 1.003]], current=mixed)
+    assert moves(mixed, after, 6) == []
+
+
 @pytest.mark.parametrize(
     ("changed", "says"),
     [

@@ -1,6 +1,7 @@
 """What a head and a worker send each other arrives as it was, or is refused by name."""
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cluster import wire
+from cluster import rpc, wire
 from cluster.errors import WireError
 from model.config import MixtralConfig
-from model.experts import Assignments
+from model.experts import Assignments, assign
+from model.router import Routing
 from model.units import Unit
 from protos import expert_pb2
 
@@ -211,6 +213,31 @@ def test_decoded_tensors_keep_their_message_alive() -> None:
     expected = call_of(num_rows=9, seed=3)
     call = decode(wire.encode_call(expected))  # nobody else holds the bytes
     assert_same_call(call, expected)
+
+
+# --- size ---
+
+
+def test_the_largest_step_there_may_be_fits_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rpc, "MAX_MESSAGE_BYTES", 2**20)
+    largest = 2**64 - 1
+    num_rows = rpc.max_step_tokens(CONFIG)
+    expert_ids_TK = torch.tensor([[0, 1], [6, 7]]).repeat(num_rows, 1)[:num_rows]
+    call = wire.Call(
+        call_id=largest,
+        epoch=largest,
+        layer=2,
+        x_RD=torch.zeros(num_rows, CONFIG.hidden_size),
+        assignments=assign(2, Routing(expert_ids_TK, torch.ones(num_rows, 2))),
+    )
+    reply = wire.encode_reply(largest, largest, call.x_RD, compute_s=1.0)
+    assert len(reply) <= len(wire.encode_call(call)) <= 2**20
+
+
+def test_mixtrals_largest_steps_are_those_that_the_settings_name() -> None:
+    config = MixtralConfig()
+    assert rpc.max_step_tokens(config) == 16_364
+    assert rpc.max_step_tokens(replace(config, hidden_size=6_144)) == 10_912
 
 
 # --- lies ---
