@@ -138,7 +138,7 @@ class WorkerActor:
     async def hold(
         self, units: tuple[Unit, ...], expected: Mapping[Unit, str], *, is_wrong: bool
     ) -> None:
-        """Say what to hold, if that is news or has failed a while ago.
+        """Say what to hold, if that is news, was not taken, or has failed a while ago.
 
         is_wrong: it holds something else than `expected` in the place of a unit.
         """
@@ -148,8 +148,9 @@ class WorkerActor:
             return
         self._told, self._tell_again_at = None, now + LOAD_AGAIN_S
         with suppress(TimeoutError, RayError):  # the next heartbeat says what is wrong
-            await asyncio.wait_for(self._actor.hold.remote(units, expected), BEAT_TIMEOUT_S)
-            self._told = units
+            order = self._actor.hold.remote(self._owner, units, expected)
+            if await asyncio.wait_for(order, BEAT_TIMEOUT_S):
+                self._told = units
 
     async def release(self) -> None:
         """End it, unless it has passed to another owner or has never been started."""

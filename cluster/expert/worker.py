@@ -18,6 +18,7 @@ from ray.util import get_node_ip_address
 from cluster import rpc
 from cluster.config import Network, checkpoint_folder, listen_host
 from cluster.expert.batcher import Batcher
+from cluster.expert.lease import Lease
 from cluster.expert.loader import Loader
 from cluster.expert.service import ExpertService
 from cluster.metrics import WorkerMetrics
@@ -89,28 +90,33 @@ class ExpertWorker:
         )
         self._service.add_to(self._server)
         self._server.start()
-        self._owner = ""
-        self._stamp: Stamp = (0, 0)
-        self._lease_ends = time.monotonic() + settings.lease_s
+        self._lease = Lease(settings.lease_s, time.monotonic())
+        self._lock = threading.Lock()
+        """So that orders of one controller do not overtake that another has taken over."""
         threading.Thread(target=self._watch_lease, name="lease", daemon=True).start()
 
     def __repr__(self) -> str:
         """Shown by Ray before each log line."""
         return f"ExpertWorker({self._settings.name})"
 
-    def hold(self, units: Sequence[Unit], expected: Mapping[Unit, str]) -> None:
-        """Hold exactly these units, see `Loader.hold`. Returns at once."""
-        self._loader.hold(units, expected)
+    def hold(self, owner: str, units: Sequence[Unit], expected: Mapping[Unit, str]) -> bool:
+        """Hold exactly these units, see `Loader.hold`, unless another owns this worker; says
+        whether it will. Returns at once.
+        """
+        with self._lock:
+            is_owner = owner == self._lease.owner
+            if is_owner:
+                self._loader.hold(units, expected)
+        return is_owner
 
     def heartbeat(self, owner: str, stamp: Stamp) -> WorkerReport:
-        """Renew the lease in the name of `owner`, who from now on owns this worker.
+        """Renew the lease in the name of `owner`, who owns this worker unless a later one does.
 
         stamp: of the placement in force. The worker remembers the highest, and says it to the next
         controller before it takes that one's.
         """
-        self._owner = owner
-        known, self._stamp = self._stamp, max(self._stamp, stamp)
-        self._lease_ends = time.monotonic() + self._settings.lease_s
+        with self._lock:
+            known = self._lease.renew(owner, stamp, time.monotonic())
         return WorkerReport(
             address=self._address,
             incarnation=self._identity.incarnation,
@@ -125,7 +131,7 @@ class ExpertWorker:
 
     def release(self, owner: str) -> None:
         """End this worker, unless it has passed to another owner."""
-        if owner == self._owner:
+        if owner == self._lease.owner:
             logger.info("%s: released by %r, ending", self._settings.name, owner)
             self._service.end(self._server, STOP_GRACE_S)
             ray.actor.exit_actor()
@@ -136,9 +142,9 @@ class ExpertWorker:
         return weights, digest.hexdigest()
 
     def _watch_lease(self) -> None:
-        while (left_s := self._lease_ends - time.monotonic()) > 0:
+        while (left_s := self._lease.ends - time.monotonic()) > 0:
             time.sleep(min(left_s, 0.2))
-        logger.warning("%s: lease of %r is over, ending", self._settings.name, self._owner)
+        logger.warning("%s: lease of %r is over, ending", self._settings.name, self._lease.owner)
         self._service.end(self._server, STOP_GRACE_S)
         # Not sys.exit: this is not the main thread, and Ray must see the process gone.
         os._exit(0)

@@ -31,6 +31,8 @@ class FakeActor:
         self.told: list[tuple[Unit, ...]] = []
         self.failures: list[Exception | None] = []
         """What becomes of the next orders, if they fail. None: no answer comes."""
+        self.is_ours = True
+        """Whether it takes orders."""
 
     def __getattr__(self, name: str) -> Any:
         """`actor.method.remote(...)`, as Ray has it."""
@@ -47,15 +49,18 @@ class FakeActor:
         assert answer is not None
         return answer
 
-    async def do_hold(self, units: tuple[Unit, ...], expected: Mapping[Unit, str]) -> None:
+    async def do_hold(
+        self, owner: str, units: tuple[Unit, ...], expected: Mapping[Unit, str]
+    ) -> bool:
+        assert owner == "owner"
         self.told.append(units)
         if not self.failures:
-            return
+            return self.is_ours
         failure = self.failures.pop(0)
         if failure is None:
             await asyncio.Event().wait()
-        else:
-            raise failure
+        assert failure is not None
+        raise failure
 
 
 @pytest.fixture
@@ -235,6 +240,23 @@ def test_orders_that_may_not_have_been_heard_are_given_again(
         return num_told
 
     assert asyncio.run(asyncio.wait_for(run(), 10)) == [1, 2, 3, 3]
+
+
+def test_orders_are_given_again_to_a_worker_that_was_not_ours_yet(
+    worker: WorkerActor, actor: FakeActor
+) -> None:
+    actor.beats = [report()]
+
+    async def run() -> list[int]:
+        await worker.heartbeat((2, 3))
+        num_told = []
+        for number in range(4):
+            actor.is_ours = number > 0
+            await worker.hold((A,), {}, is_wrong=False)
+            num_told.append(len(actor.told))
+        return num_told
+
+    assert asyncio.run(run()) == [1, 2, 2, 2]
 
 
 def test_to_hold_nothing_is_an_order_too(worker: WorkerActor, actor: FakeActor) -> None:
