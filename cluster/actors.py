@@ -95,7 +95,12 @@ class WorkerActor:
             await asyncio.sleep(self._start_in_s)
             # It imports torch and calls Ray's control store, which may be slow or away; whoever
             # waited for it here would renew nobody's lease meanwhile.
-            self._actor = await asyncio.to_thread(self._start)
+            try:
+                self._actor = await asyncio.to_thread(self._start)
+            except Exception as error:
+                # Whatever it is, the other workers must be heard and kept meanwhile.
+                self._note_failed_start(_first_line(error), is_certain=True)
+                return None
             self._start_in_s = None
         while True:
             timeout_s = START_TIMEOUT_S if self.incarnation is None else BEAT_TIMEOUT_S
@@ -128,12 +133,17 @@ class WorkerActor:
         if has_started:
             self._start_in_s = 0.0
             return
+        # One that ends just when it is found, as its last owner wanted, is no failure.
+        self._note_failed_start(cause, is_certain=error.actor_init_failed)
+
+    def _note_failed_start(self, cause: str, *, is_certain: bool) -> None:
+        """Start it again after ever longer waits; is_certain: it will not get up by itself."""
         doublings = min(self._num_failed_starts, 10)
         self._start_in_s = min(MAX_WAIT_S, FIRST_WAIT_S * 2**doublings)
         self._num_failed_starts += 1
-        # One that ends just when it is found, as its last owner wanted, is no failure.
-        if error.actor_init_failed or self._num_failed_starts > 1:
+        if is_certain or self._num_failed_starts > 1:
             self.error = f"cannot start: {cause}"
+            logger.warning("%s %s", self.name, self.error)
 
     async def hold(
         self, units: tuple[Unit, ...], expected: Mapping[Unit, str], *, is_wrong: bool

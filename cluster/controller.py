@@ -58,6 +58,7 @@ class Controller:
         self._app_name = serve.get_replica_context().app_name
         self._owner = secrets.token_hex(8)
         self._workers: dict[int, WorkerActor] = {}
+        self._is_plan_due = asyncio.Event()
         self._are_missing = asyncio.Event()
         """Workers are wanted that there are not."""
         self._living: LivingPlacement | None = None
@@ -167,6 +168,7 @@ class Controller:
             await asyncio.Event().wait()
         self._living = living
         async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._plan(living))
             tasks.create_task(self._balance(living))
             tasks.create_task(self._scale(living))
             while True:
@@ -229,12 +231,20 @@ class Controller:
         """Take the next step of the placement, if what is known now allows one."""
         now = time.monotonic()
         if living.needs_plan:
-            self._adopt(living, living.proposal()())
+            self._is_plan_due.set()
         living.drain([head.stamp for head, _ in self._heads.values()], now)
         if (placement := living.publish(now)) is not None:
             logger.info("placement %d: %s", placement.epoch, placement.workers)
             self._set_view(replace(self._view, placement=placement))
         self._update_view()
+
+    async def _plan(self, living: LivingPlacement) -> None:
+        """Adopt a plan for the workers that there are, whenever those have changed."""
+        while True:
+            await self._is_plan_due.wait()
+            self._is_plan_due.clear()
+            if living.needs_plan:
+                self._adopt(living, await asyncio.to_thread(living.proposal()))
 
     async def _balance(self, living: LivingPlacement) -> None:
         """Adopt a better plan whenever there is one that is worth it."""

@@ -99,6 +99,30 @@ def test_a_start_that_takes_long_holds_nobody_up(
     assert asyncio.run(run()) == report()
 
 
+def test_a_start_that_fails_is_said_and_tried_again(
+    actor: FakeActor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when Ray's control store is away."""
+    outcomes = [RuntimeError("no control store"), actor]
+
+    def start(worker: WorkerActor) -> FakeActor:
+        outcome = outcomes.pop(0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr(WorkerActor, "_start", start)
+    monkeypatch.setattr(actors, "FIRST_WAIT_S", 0.001)
+    worker = WorkerActor(ServeConfig(), "worker-0", None, "owner")
+    actor.beats = [report()]
+
+    async def hear() -> list[WorkerReport | str | None]:
+        first = await worker.heartbeat((2, 3))
+        return [first, worker.error, await worker.heartbeat((2, 3)), worker.error]
+
+    assert asyncio.run(hear()) == [None, "cannot start: no control store", report(), None]
+
+
 def test_a_silent_worker_is_killed_and_another_started(
     worker: WorkerActor, actor: FakeActor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
