@@ -5,7 +5,7 @@ Standard deviations keep activations near 1, so that logits stay finite and toke
 experts. Tensors are drawn one by one from their names, so a run that was interrupted goes on with
 the shards that are missing, and a folder that is finished is left as it is.
 
-    python -m tests.bench.make_checkpoint [--layers 2] [--shape mixtral-8x7b|tiny] [--out FOLDER]
+    python -m tests.bench.make_checkpoint [--layers 2] [--shape mixtral-8x7b|...] [--out FOLDER]
 """
 
 import argparse
@@ -33,6 +33,13 @@ SHAPES: dict[str, dict[str, int]] = {
         "intermediate_size": 14336,
         "num_attention_heads": 32,
         "num_key_value_heads": 8,
+    },
+    # attention and experts take about as long: `ping_pong`
+    "balanced": {
+        "hidden_size": 1024,
+        "intermediate_size": 1024,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
     },
     # a quick pass through every engine, and through the tests
     "tiny": {
