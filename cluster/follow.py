@@ -7,13 +7,10 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from cluster.placement import ClusterView, Stamp
 from cluster.signals import HeadTotals
-
-if TYPE_CHECKING:
-    from ray.serve.config import AutoscalingContext
 
 logger = logging.getLogger(__name__)
 
@@ -42,10 +39,10 @@ class HeadReport:
     totals: HeadTotals = field(default_factory=HeadTotals)
 
 
-def as_heads_were_told(context: "AutoscalingContext") -> tuple[int, dict[str, Any]]:
+def as_heads_were_told(context: Any) -> tuple[int, dict[str, Any]]:
     """Serve's policy for the number of heads: the latest decision that one of them has heard of.
 
-    Runs in Serve. A head that the controller does not reach goes on recording an older one.
+    context: Serve's AutoscalingContext; this runs in Serve. A head that the controller does not reach goes on recording an older one.
     """
     recorded = context.raw_metrics
     heard = [

@@ -171,13 +171,11 @@ class LivingPlacement:
 
     @property
     def totals(self) -> dict[int, WorkerTotals]:
-        """What the workers that heads ask have done since their start, by incarnation."""
-        asked = self._published.placement.workers if self._published else ()
-        incarnations = {worker.incarnation for worker in asked}
+        """What the workers that hold all that they are to have done, by incarnation."""
         return {
             report.incarnation: report.totals
-            for report in self._reports
-            if report is not None and report.incarnation in incarnations
+            for worker, report in enumerate(self._reports)
+            if report is not None and report.held.keys() >= set(held_by(self._target or (), worker))
         }
 
     # --- what is wanted ---

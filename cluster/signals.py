@@ -83,7 +83,7 @@ class Signals:
     heads: tuple[HeadLoad, ...]
     """Of heads that are ready."""
     workers: tuple[WorkerLoad, ...]
-    """Of workers that heads ask."""
+    """Of workers that have loaded what they are to hold."""
 
 
 class Observer:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from cluster import app, rpc
+from cluster import actors, app, rpc
 from cluster.actors import NAMESPACE
 from cluster.config import ServeConfig
 from cluster.errors import ConfigurationError
@@ -23,7 +23,7 @@ def test_a_worker_that_ends_by_itself_after_all_does_not_save_the_next(
         return name
 
     monkeypatch.setattr(app, "RELEASE_TIMEOUT_S", 0.0)
-    monkeypatch.setattr(app, "list_named_actors", lambda all_namespaces: listed)
+    monkeypatch.setattr(actors, "list_named_actors", lambda all_namespaces: listed)
     monkeypatch.setattr("ray.serve.delete", lambda name: None)
     monkeypatch.setattr("ray.get_actor", get_actor)
     monkeypatch.setattr("ray.kill", killed.append)

@@ -300,7 +300,8 @@ def test_workers_come_and_go_without_an_expert_missing(
     assert all(placement.num_missing == 0 for placement in cluster.placements)
     alive = [index for index, worker in enumerate(cluster.workers) if worker]
     assert alive == list(range(sizes_wanted[-1]))
-    assert {info.name for info in cluster.newest.workers} == {f"worker-{n}" for n in alive}
+    # a fifth worker is of no use to four experts
+    assert {info.name for info in cluster.newest.workers} <= {f"worker-{n}" for n in alive}
     assert len(cluster.living.totals) == len(alive)
 
 
@@ -308,13 +309,14 @@ def test_a_worker_that_is_wanted_but_silent_is_not_counted_on() -> None:
     cluster = Cluster(sizes(2))
     cluster.run()
     before = cluster.newest
-    cluster.living.resize(3)
-    cluster.workers.append(None)
+    cluster.living.resize(4)
+    cluster.workers += [None, None]
     cluster.beat()
     assert (cluster.newest, cluster.living.needs_plan) == (before, False)
-    cluster.restart_worker(2)
+    for index in (2, 3):
+        cluster.restart_worker(index)
     cluster.run()
-    assert len(cluster.newest.workers) == 3
+    assert len(cluster.newest.workers) == 4
 
 
 def test_a_worker_that_dies_as_it_is_to_go_is_not_waited_for() -> None:

@@ -17,9 +17,9 @@ def step(**facts: float) -> StepStats:
 
 
 def test_a_head_tells_its_own_time_from_the_time_it_waits() -> None:
-    totals = HeadTotals().after(step()).after(step(fill=0.25, num_free_blocks=9, num_waiting=0))
+    totals = HeadTotals().after(step()).after(step(fill=0.25, num_free_blocks=5, num_waiting=0))
     assert totals == HeadTotals(
-        num_steps=2, fill=0.75, own_s=2.25, away_s=1.25, kv_fill=0.1, num_waiting=0
+        num_steps=2, fill=0.75, own_s=2.25, away_s=1.25, kv_fill=0.5, num_waiting=0
     )
 
 
