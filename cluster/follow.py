@@ -42,7 +42,8 @@ class HeadReport:
 def as_heads_were_told(context: Any) -> tuple[int, dict[str, Any]]:
     """Serve's policy for the number of heads: the latest decision that one of them has heard of.
 
-    context: Serve's AutoscalingContext; this runs in Serve. A head that the controller does not reach goes on recording an older one.
+    context: Serve's AutoscalingContext; this runs in Serve. A head that the controller does not
+    reach goes on recording an older decision.
     """
     recorded = context.raw_metrics
     heard = [
