@@ -158,8 +158,6 @@ class HeadService(head_pb2_grpc.HeadServicer):
             yield from outbox
         finally:
             self._outboxes.discard(outbox)
-            compiling.clear()
-            self._engine.abort(outbox)
             logger.info("%s: ingress %s is gone", self._identity.name, peer)
 
     def _load(self) -> head_pb2.Load:
@@ -179,6 +177,9 @@ class HeadService(head_pb2_grpc.HeadServicer):
             logger.info("%s: ingress %s hung up", self._identity.name, peer)
         finally:
             outbox.close()  # whatever it was: a stream that nobody reads must not stay open
+            # here, since what was read last is submitted even where the stream ends meanwhile
+            compiling.clear()
+            self._engine.abort(outbox)
 
     def _take(
         self, request: head_pb2.HeadRequest, outbox: StreamOutbox, compiling: _Compiling
