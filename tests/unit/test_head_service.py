@@ -16,6 +16,8 @@ from cluster.head.service import HeadService, StreamOutbox
 from cluster.ingress.journal import Journal
 from cluster.ingress.messages import to_submit
 from cluster.metrics import HeadMetrics
+from model.errors import GrammarError
+from model.grammar_spec import GrammarSpec
 from model.sampling_params import SamplingParams
 from protos import head_pb2
 from tests.cluster_fakes import DEADLINE_S
@@ -118,3 +120,34 @@ def test_a_request_that_is_read_while_its_stream_ends_is_aborted() -> None:
     is_over.set()
     told = [engine.told.get(timeout=DEADLINE_S) for _ in range(2)]
     assert told == [("submit", 1), ("abort", None)]
+
+
+def test_no_grammar_is_compiled_for_who_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One at a time here: the second is aborted while the first is compiled."""
+    monkeypatch.setattr("cluster.head.service._COMPILING_THREADS", 1)
+    are_taken, is_over = threading.Event(), threading.Event()
+
+    class Compiler:
+        compiled: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+        def compile(self, spec: GrammarSpec) -> Any:
+            self.compiled.put(spec.text)
+            are_taken.wait(DEADLINE_S)
+            raise GrammarError("told to fail")
+
+    def asks_for(request_id: int, form: str) -> head_pb2.HeadRequest:
+        grammar = GrammarSpec("regex", form)
+        return to_submit(request_id, Journal((5,), SamplingParams(), grammar=grammar))
+
+    def requests() -> Iterator[head_pb2.HeadRequest]:
+        for request_id, form in enumerate("abc"):
+            yield asks_for(request_id, form)
+        yield head_pb2.HeadRequest(abort=head_pb2.Abort(request_id=1))
+        are_taken.set()
+        is_over.wait(DEADLINE_S)
+
+    stream: Any = service_of(Notes(), Compiler()).Generate(requests(), Call())
+    next(stream)
+    assert [Compiler.compiled.get(timeout=DEADLINE_S) for _ in range(2)] == ["a", "c"]
+    is_over.set()
+    stream.close()
