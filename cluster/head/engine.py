@@ -184,10 +184,14 @@ class Engine:
         match message:
             case _Submit(outbox, key, sequence):
                 self._accept(outbox, key, sequence)
-            case _Abort(outbox, key):
+            case _Abort(outbox, None):
                 for address, sequence in list(self._requests.items()):
-                    if address[0] is outbox and key in (None, address[1]):
+                    if address[0] is outbox:
                         self._forget(sequence)
+            case _Abort(outbox, int(key)):
+                aborted = self._requests.get((outbox, key))
+                if aborted is not None:
+                    self._forget(aborted)
             case _Stop():
                 self._is_stopping = True
 
