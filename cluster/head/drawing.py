@@ -34,6 +34,8 @@ class Drawn:
     """Of a classification, which gets no tokens."""
     error: str | None = None
     """Why no token can be drawn."""
+    param: str | None = None
+    """The sampling parameter at fault, where no other head could draw one either."""
 
 
 def draw(
@@ -61,8 +63,12 @@ def draw(
         still_alive = []
         for i, (one, row) in enumerate(alive):
             token_id = sampled.token_ids[i]
-            if i in problems or token_id is None:
-                one.error = problems.get(i, NOTHING_ALLOWED)
+            if i in problems:
+                one.error = problems[i]
+                continue
+            if token_id is None:
+                one.error = NOTHING_ALLOWED
+                one.param = "bad_words" if sequences[i].params.bad_words else "allowed_token_ids"
                 continue
             _give(one, token_id, sampled.logprobs[i])
             if one.error is None and _holds(one) and not sequences[i].finish:

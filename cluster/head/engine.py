@@ -188,10 +188,14 @@ class Engine:
         match message:
             case _Submit(outbox, key, sequence):
                 self._accept(outbox, key, sequence)
-            case _Abort(outbox, key):
+            case _Abort(outbox, None):
                 for address, sequence in list(self._requests.items()):
-                    if address[0] is outbox and key in (None, address[1]):
+                    if address[0] is outbox:
                         self._forget(sequence)
+            case _Abort(outbox, int(key)):
+                aborted = self._requests.get((outbox, key))
+                if aborted is not None:
+                    self._forget(aborted)
             case _Stop():
                 self._is_stopping = True
 
@@ -266,10 +270,10 @@ class Engine:
             self._fail([chunk.sequence for chunk in chunks], f"{type(error).__name__}: {error}")
             return
         self._scheduler.commit(chunks)
-        self._publish([one for one in drawn if one.error is None])
+        self._publish([one for one in drawn if one.error is None or one.token_ids])
         for one in drawn:
             if one.error is not None:
-                self._fail([one.chunk.sequence], one.error)
+                self._fail([one.chunk.sequence], one.error, param=one.param)
         ended = time.perf_counter()
         num_tokens = sum(batch.num_tokens for batch in batches)
         phases = self._stopwatch.take() if self._stopwatch else {}
@@ -349,12 +353,16 @@ class Engine:
         for outbox, events in by_outbox.items():
             outbox.put(events)
 
-    def _fail(self, sequences: list[Sequence], message: str) -> None:
-        """End these with an error; one message to every outbox."""
+    def _fail(self, sequences: list[Sequence], message: str, *, param: str | None = None) -> None:
+        """End these with an error; one message to every outbox.
+
+        param: of all of them at fault; another head would fail as well.
+        """
         by_outbox: dict[Outbox, list[Event]] = defaultdict(list)
         for sequence in sequences:
             outbox, key = self._addresses[sequence]
-            by_outbox[outbox].append(Event(key, error=message))
+            event = Event(key, error=message, is_refusal=param is not None, param=param)
+            by_outbox[outbox].append(event)
             self._forget(sequence)
         for outbox, events in by_outbox.items():
             outbox.put(events)

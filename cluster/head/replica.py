@@ -122,7 +122,7 @@ class HeadReplica:
         """The engine thread's life."""
         try:
             self._serve()
-        except Exception as error:
+        except BaseException as error:  # a panic of the grammar engine is no Exception
             # The thread's last word: Serve's health check and the controller pass it on.
             logger.exception("%s: the engine has ended", self._name)
             self._say(HeadReport(self._name, error=f"{type(error).__name__}: {error}"))

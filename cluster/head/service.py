@@ -83,6 +83,11 @@ class _Compiling:
         with self._lock:
             self._request_ids.add(request_id)
 
+    def is_wanted(self, request_id: int) -> bool:
+        """Whether it has not been aborted since it began."""
+        with self._lock:
+            return request_id in self._request_ids
+
     def end(self, request_id: int, submit: Callable[[], None]) -> None:
         """Submit a request that is still wanted; under the lock, so that an abort comes after."""
         with self._lock:
@@ -158,8 +163,6 @@ class HeadService(head_pb2_grpc.HeadServicer):
             yield from outbox
         finally:
             self._outboxes.discard(outbox)
-            compiling.clear()
-            self._engine.abort(outbox)
             logger.info("%s: ingress %s is gone", self._identity.name, peer)
 
     def _load(self) -> head_pb2.Load:
@@ -179,6 +182,9 @@ class HeadService(head_pb2_grpc.HeadServicer):
             logger.info("%s: ingress %s hung up", self._identity.name, peer)
         finally:
             outbox.close()  # whatever it was: a stream that nobody reads must not stay open
+            # here, since what was read last is submitted even where the stream ends meanwhile
+            compiling.clear()
+            self._engine.abort(outbox)
 
     def _take(
         self, request: head_pb2.HeadRequest, outbox: StreamOutbox, compiling: _Compiling
@@ -221,6 +227,8 @@ class HeadService(head_pb2_grpc.HeadServicer):
     ) -> None:
         """Compile first, which may take seconds; nobody else waits for it."""
         assert self._grammars is not None, "checked by _submit"
+        if not compiling.is_wanted(request_id):
+            return  # aborted while it waited for its turn
         refusal = ""
         try:
             sequence.follow(self._grammars.compile(spec).matcher(), self._grammars.end_ids)

@@ -8,6 +8,7 @@ waited longest, so that nobody starves, however many new clients appear.
 """
 
 from bisect import bisect_left, insort
+from collections import Counter
 from collections.abc import Iterator
 from itertools import count
 from operator import attrgetter
@@ -85,13 +86,15 @@ class WaitingQueue:
         self._total += num_tokens
 
     def in_turn(self) -> Iterator[Sequence]:
-        """Those that wait, the next first. Sequences may be taken, and charged for, meanwhile."""
-        passed_over: set[Sequence] = set()
+        """Those that wait, the next first. The one that came last may be taken, and charged for,
+        before the next comes; nothing else may change meanwhile.
+        """
+        num_passed_over: Counter[str] = Counter()
         while True:
             candidates = [
-                sequence
-                for own in self._waiting.values()
-                if (sequence := next((s for s in own if s not in passed_over), None))
+                own[num_passed_over[client]]
+                for client, own in self._waiting.items()
+                if num_passed_over[client] < len(own)
             ]
             if not candidates:
                 return
@@ -99,8 +102,9 @@ class WaitingQueue:
                 sequence = min(candidates, key=_rank)
             else:
                 sequence = min(candidates, key=lambda s: (self._served[s.client], s.rank))
-            passed_over.add(sequence)
             yield sequence
+            if sequence in self:
+                num_passed_over[sequence.client] += 1
 
     @property
     def _is_oldests_turn(self) -> bool:

@@ -261,16 +261,24 @@ def test_an_answer_has_the_form_that_was_asked_for(
     assert outbox.ids(4) == mixtral.generate_ids([ids[0][:10]], [free.params])[0]
 
 
-def test_who_is_allowed_nothing_ends_with_an_error_and_costs_nobody_else(
-    mixtral: Mixtral, ids: list[list[int]]
+@pytest.mark.parametrize("num_drafts", [0, 2])
+def test_who_is_allowed_nothing_is_refused_after_what_came_and_costs_nobody_else(
+    mixtral: Mixtral, ids: list[list[int]], num_drafts: int
 ) -> None:
-    """The one token that is allowed is a bad word as well."""
+    """The one token that is allowed is a bad word as well; the first time, it is a good guess."""
     stuck = SamplingParams(max_tokens=5, allowed_token_ids=(7,), bad_words=((7, 7),))
+    drafter = LookupDrafter(num_drafts) if num_drafts else None
     free = SamplingParams(max_tokens=5, temperature=0.0)
     head = Head(mixtral)
-    outbox = run(head, [Sequence(ids[0][:5], stuck), Sequence(ids[1][:5], free)])
+    outbox = run(
+        head,
+        [Sequence([5, 6, 7, 8, 5, 6], stuck, drafter=drafter), Sequence(ids[1][:5], free)],
+    )
     assert outbox.ids(0) == [7]
-    assert outbox.of(0)[-1].error is not None
-    assert "leave no token" in outbox.of(0)[-1].error
+    refusal = outbox.of(0)[-1]
+    assert refusal.error is not None
+    assert "leave no token" in refusal.error
+    # nobody tries it again: it would end there once more
+    assert (refusal.is_refusal, refusal.param) == (True, "bad_words")
     assert outbox.ids(1) == mixtral.generate_ids([ids[1][:5]], [free])[0]
     head.assert_all_free()

@@ -1,11 +1,55 @@
-"""What a head tells an ingress beside tokens: that it lives, and how busy it is."""
+"""What a head tells an ingress beside tokens, that it lives and how busy it is; and what becomes of
+the requests of a stream that ends.
+"""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
 from cluster import rpc
-from cluster.head.engine import Event
-from cluster.head.service import StreamOutbox
+from cluster.head.engine import Event, Load
+from cluster.head.sequence import Sequence
+from cluster.head.service import HeadService, StreamOutbox
+from cluster.ingress.journal import Journal
+from cluster.ingress.messages import to_submit
+from cluster.metrics import HeadMetrics
+from model.errors import GrammarError
+from model.grammar_spec import GrammarSpec
+from model.sampling_params import SamplingParams
 from protos import head_pb2
+from tests.cluster_fakes import DEADLINE_S
+
+
+class Notes:
+    """An engine that writes down what it is told, and does nothing."""
+
+    load = Load(0, 0, 0, 0)
+
+    def __init__(self) -> None:
+        self.told: queue.SimpleQueue[tuple[str, int | None]] = queue.SimpleQueue()
+
+    def submit(self, outbox: StreamOutbox, key: int, sequence: Sequence) -> None:
+        self.told.put(("submit", key))
+
+    def abort(self, outbox: StreamOutbox, key: int | None = None) -> None:
+        self.told.put(("abort", key))
+
+
+class Call:
+    """gRPC's side of a stream that is open."""
+
+    def peer(self) -> str:
+        return "an ingress"
+
+    def add_callback(self, callback: Callable[[], None]) -> bool:
+        return True
+
+
+def service_of(engine: Any, grammars: Any = None) -> HeadService:
+    return HeadService(engine, rpc.Identity("head", "tiny"), HeadMetrics(), grammars)
 
 
 def outbox() -> StreamOutbox:
@@ -58,3 +102,52 @@ def test_a_closed_outbox_ends() -> None:
     box = outbox()
     box.close()
     assert list(box) == []
+
+
+# --- requests ---
+
+
+def test_a_request_that_is_read_while_its_stream_ends_is_aborted() -> None:
+    engine, is_over = Notes(), threading.Event()
+
+    def requests() -> Iterator[head_pb2.HeadRequest]:
+        is_over.wait(DEADLINE_S)
+        yield to_submit(1, Journal((5,), SamplingParams()))
+
+    stream: Any = service_of(engine).Generate(requests(), Call())
+    next(stream)
+    stream.close()
+    is_over.set()
+    told = [engine.told.get(timeout=DEADLINE_S) for _ in range(2)]
+    assert told == [("submit", 1), ("abort", None)]
+
+
+def test_no_grammar_is_compiled_for_who_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One at a time here: the second is aborted while the first is compiled."""
+    monkeypatch.setattr("cluster.head.service._COMPILING_THREADS", 1)
+    are_taken, is_over = threading.Event(), threading.Event()
+
+    class Compiler:
+        compiled: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+        def compile(self, spec: GrammarSpec) -> Any:
+            self.compiled.put(spec.text)
+            are_taken.wait(DEADLINE_S)
+            raise GrammarError("told to fail")
+
+    def asks_for(request_id: int, form: str) -> head_pb2.HeadRequest:
+        grammar = GrammarSpec("regex", form)
+        return to_submit(request_id, Journal((5,), SamplingParams(), grammar=grammar))
+
+    def requests() -> Iterator[head_pb2.HeadRequest]:
+        for request_id, form in enumerate("abc"):
+            yield asks_for(request_id, form)
+        yield head_pb2.HeadRequest(abort=head_pb2.Abort(request_id=1))
+        are_taken.set()
+        is_over.wait(DEADLINE_S)
+
+    stream: Any = service_of(Notes(), Compiler()).Generate(requests(), Call())
+    next(stream)
+    assert [Compiler.compiled.get(timeout=DEADLINE_S) for _ in range(2)] == ["a", "c"]
+    is_over.set()
+    stream.close()

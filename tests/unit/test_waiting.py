@@ -132,6 +132,30 @@ def test_who_is_passed_over_keeps_its_place_and_lets_others_go() -> None:
     assert list(queue.in_turn()) == [first, third]
 
 
+@given(
+    clients=st.lists(st.sampled_from("abc"), max_size=12),
+    are_taken=st.lists(st.booleans(), min_size=12, max_size=12),
+)
+def test_everybody_has_one_turn_whoever_is_taken_meanwhile(
+    clients: list[str], are_taken: list[bool]
+) -> None:
+    queue = WaitingQueue()
+    sequences = [asked_by(client) for client in clients]
+    for sequence in sequences:
+        queue.add(sequence)
+    turns: list[Sequence] = []
+    for sequence, is_taken in zip(queue.in_turn(), are_taken, strict=False):
+        turns.append(sequence)
+        if is_taken:
+            queue.take(sequence)
+            queue.charge(sequence, 10)
+    for client in "abc":
+        own = [sequence for sequence in sequences if sequence.client == client]
+        assert [sequence for sequence in turns if sequence.client == client] == own
+    passed_over = [s for s, is_taken in zip(turns, are_taken, strict=False) if not is_taken]
+    assert set(queue.in_turn()) == set(passed_over)
+
+
 def test_who_is_removed_does_not_come_up() -> None:
     queue = WaitingQueue()
     first, second = asked_by("a"), asked_by("b")
