@@ -187,15 +187,15 @@ class Controller:
 
         config = self._config
         folder, dtype = config.checkpoint_folder(), torch_dtype(config.dtype)
+        modes = config.worker_quantization[: config.num_workers]
         as_held = {
-            mode: Checkpoint(folder, dtype=dtype, expert_quantization=mode)
-            for mode in set(config.worker_quantization)
+            mode: Checkpoint(folder, dtype=dtype, expert_quantization=mode) for mode in set(modes)
         }
-        model = as_held[config.worker_quantization[0]].config
+        model = as_held[modes[0]].config
         sizes = Sizes(
             num_layers=model.num_hidden_layers,
             num_experts=model.num_local_experts,
-            expert_bytes=tuple(as_held[mode].expert_bytes for mode in config.worker_quantization),
+            expert_bytes=tuple(as_held[mode].expert_bytes for mode in modes),
             budgets=(config.worker_memory_bytes,) * config.num_workers,
             num_copies=config.expert_copies,
             num_slices=config.expert_slices,
