@@ -169,6 +169,12 @@ def test_a_constant_matrix_stays_what_it_is(mode: str, value: float) -> None:
     assert difference.abs().max() <= abs(value) * 2**-8  # scales are bfloat16
 
 
+def test_int8_codes_do_not_add_up_to_more_than_float16_holds() -> None:
+    weight = torch.full((16, 4096), 0.25, dtype=torch.float16)
+    product = quantized(weight, "int8").linear(torch.ones(1, 4096, dtype=torch.float16))
+    assert (product.float() - 1024).abs().max() <= 1024 * 2**-8
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_no_rows_give_no_rows(mode: str) -> None:
     expert = quantized_expert(random_expert(32, 48, torch.bfloat16), mode)
