@@ -186,6 +186,16 @@ def test_a_template_that_fails_raises_the_librarys_error(
         ChatFormat(tokenizer, template).encode([Message("user", "Hi")])
 
 
+def test_a_templates_own_words_do_not_tell_how_control_tokens_are_marked(
+    tokenizer: Tokenizer,
+) -> None:
+    template = "{{ raise_exception('<s>' + eos_token + ' after ' + messages[0]['content']) }}"
+    form = ChatFormat(tokenizer, template)
+    with pytest.raises(PromptError) as refused:
+        form.encode([Message("assistant", "Hi")], adds_prompt=False, continues_last=True)
+    assert str(refused.value) == "<s></s> after Hi"
+
+
 def test_a_template_that_does_not_parse_is_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(ConfigError, match="does not parse"):
         ChatFormat(tokenizer, "{% for message in messages %}")
