@@ -20,6 +20,7 @@ from typing import Any
 from jinja2 import TemplateError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from model.config import read_json
 from model.errors import ConfigError, PromptError
 from model.tokenizer import Tokenizer
 
@@ -144,10 +145,7 @@ class ChatFormat:
         config_file = folder / "tokenizer_config.json"
         if not config_file.is_file():
             return cls(tokenizer)
-        try:
-            template = json.loads(config_file.read_text(encoding="utf-8")).get("chat_template")
-        except (ValueError, AttributeError) as error:
-            raise ConfigError(f"{config_file} is not a JSON object: {error}") from error
+        template = read_json(config_file).get("chat_template")
         if template is None:
             return cls(tokenizer)
         if not isinstance(template, str):

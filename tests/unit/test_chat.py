@@ -222,6 +222,7 @@ def test_the_template_file_goes_before_the_configuration_and_that_before_the_def
     [
         ("tokenizer_config.json", b"not JSON"),
         ("tokenizer_config.json", b"[]"),
+        pytest.param("tokenizer_config.json", b"[" * 100_000, id="nested too deeply"),
         ("tokenizer_config.json", b'{"chat_template": [{"name": "default"}]}'),
         ("tokenizer_config.json", b'{"chat_template": "{% if %}"}'),
         ("chat_template.jinja", b"{{ unclosed"),
