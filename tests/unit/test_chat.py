@@ -196,6 +196,14 @@ def test_a_templates_own_words_do_not_tell_how_control_tokens_are_marked(
     assert str(refused.value) == "<s></s> after Hi"
 
 
+def test_tojson_takes_what_transformers_filter_takes(tokenizer: Tokenizer) -> None:
+    template = "{{ variable | tojson(separators=(',', ':'), sort_keys=true) }}"
+    ids = ChatFormat(tokenizer, template).encode(
+        [Message("user", "Hi")], variables={"variable": {"b": "<é>", "a": [1, 2]}}
+    )
+    assert ids == tokenizer.encode('{"a":[1,2],"b":"<é>"}')
+
+
 def test_a_template_that_does_not_parse_is_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(ConfigError, match="does not parse"):
         ChatFormat(tokenizer, "{% for message in messages %}")
