@@ -551,6 +551,16 @@ def test_a_vocabulary_without_all_bytes_is_refused(tokenizer: Tokenizer) -> None
         GrammarCompiler(tokenizer, [END], vocab_size=100)
 
 
+def test_an_end_id_out_of_vocabulary_ends_nothing(tokenizer: Tokenizer) -> None:
+    compiler = GrammarCompiler(tokenizer, [END, 10**6])
+    assert compiler.end_ids == {END}
+    matcher = compiler.compile(GrammarSpec.one_of(["a"])).matcher()
+    matcher.accept(*tokenizer.encode("a"))
+    assert allowed(compiler, matcher) == [END]
+    with pytest.raises(GrammarError, match="no end id"):
+        GrammarCompiler(tokenizer, [10**6])
+
+
 # --- the cache, and imports ---
 
 
