@@ -142,6 +142,7 @@ def test_any_shape_is_held_within_the_error_of_its_bits(
     weight = random_matrix(outputs, inputs, dtype)
     held = matrix(quantize(weight, mode), mode, (outputs, inputs), dtype)
     assert held.nbytes == quantized_bytes(mode, (outputs, inputs))
+    assert sum(tensor.nbytes for tensor in held.tensors) == held.nbytes
     read_back = held.linear(torch.eye(inputs, dtype=dtype)).T
     assert read_back.shape == weight.shape
     # nf4's blocks do not end with rows, and its levels are widest at the ends
