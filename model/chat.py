@@ -20,6 +20,7 @@ from typing import Any
 from jinja2 import TemplateError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from model.config import read_json
 from model.errors import ConfigError, PromptError
 from model.tokenizer import Tokenizer
 
@@ -106,6 +107,7 @@ class ChatFormat:
         # nobody can put into a message what he cannot foresee
         self._nonce = secrets.token_hex(16)
         self._mark = re.compile(f"{self._nonce}-([0-9]+)-")
+        self._end = f"{self._nonce}-end-"
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
@@ -143,10 +145,7 @@ class ChatFormat:
         config_file = folder / "tokenizer_config.json"
         if not config_file.is_file():
             return cls(tokenizer)
-        try:
-            template = json.loads(config_file.read_text(encoding="utf-8")).get("chat_template")
-        except (ValueError, AttributeError) as error:
-            raise ConfigError(f"{config_file} is not a JSON object: {error}") from error
+        template = read_json(config_file).get("chat_template")
         if template is None:
             return cls(tokenizer)
         if not isinstance(template, str):
@@ -178,9 +177,8 @@ class ChatFormat:
         if messages[-1].role == "assistant" and adds_prompt:
             raise PromptError("the last message must not be the assistant's")
         turns = [message.as_variable() for message in messages]
-        end = f"{self._nonce}-end-"
         if continues_last:
-            turns[-1]["content"] = (messages[-1].content or "") + end
+            turns[-1]["content"] = (messages[-1].content or "") + self._end
         text = self._render(
             {
                 **(variables or {}),
@@ -192,10 +190,10 @@ class ChatFormat:
             }
         )
         if continues_last:
-            text, found, _ = text.rpartition(end)
+            text, found, _ = text.rpartition(self._end)
             if not found:
                 raise PromptError("the chat template does not show the last message as it is")
-            text = text.replace(end, "")
+            text = text.replace(self._end, "")
         if calls_tools:
             marker_id = self.calls_marker_id
             text += CALLS_MARKER if marker_id is None else self._mark_of(marker_id)
@@ -221,16 +219,34 @@ class ChatFormat:
     def _render(self, variables: dict[str, Any]) -> str:
         try:
             return self._template.render(variables)
-        except PromptError:
-            raise  # the template's own words
+        except PromptError as error:  # the template's own words
+            raise PromptError(self._without_marks(str(error))) from error
         except Exception as error:  # a template is a program of others: it may raise anything
-            raise PromptError(f"the chat template refused the conversation: {error}") from error
+            reason = self._without_marks(str(error))
+            raise PromptError(f"the chat template refused the conversation: {reason}") from error
+
+    def _without_marks(self, text: str) -> str:
+        """A text for callers: who learned the nonce from it could write control tokens."""
+        spelled = self._mark.sub(lambda found: self._tokenizer.piece(int(found[1])), text)
+        return spelled.replace(self._end, "").replace(self._nonce, "")
 
 
 def _raise_prompt_error(message: Any) -> None:
     raise PromptError(str(message))
 
 
-def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     """As in transformers' templates: plain JSON, in which text stays as it is."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )

@@ -99,6 +99,8 @@ class Classifier:
     def _encode(self, inputs: Sequence[str] | steps.Ids) -> steps.Ids:
         if isinstance(inputs, Tensor):
             return inputs
+        if isinstance(inputs, str):  # also a sequence of texts, of one character each
+            raise PromptError("inputs must be a list of texts, not one text")
         encoded: list[Sequence[int]] = []
         for own in inputs:
             if not isinstance(own, str):

@@ -158,11 +158,6 @@ class MixtralConfig:
             raise ConfigError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
 
     @property
-    def num_queries_per_kv(self) -> int:
-        """How many query heads share one key/value head."""
-        return self.num_attention_heads // self.num_key_value_heads
-
-    @property
     def num_expert_parameters(self) -> int:
         """Parameters of one (layer, expert): w1, w2 and w3."""
         return 3 * self.hidden_size * self.intermediate_size

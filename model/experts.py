@@ -54,7 +54,10 @@ class ExpertWeights:
 
 
 def checksum(weights: ExpertWeights) -> int:
-    """Of all values as they are held in memory: no single bit can flip without changing it."""
+    """Of all values as they are held in memory: no single bit can flip without changing it.
+
+    Where `Matrix.tensors` has only sums of them, a flip that rounding hides is not seen.
+    """
     total = 0
     for weight in (weights.w13_2FD, weights.w2_DF):
         for tensor in (weight,) if isinstance(weight, Tensor) else weight.tensors:

@@ -53,12 +53,12 @@ class GrammarCompiler:
         num_cached: int = 32,
         num_threads: int = 1,
     ) -> None:
-        """end_ids: ids that end an answer, at least one.
+        """end_ids: ids that end an answer; one out of vocabulary is never chosen, and left out.
         vocab_size: width of the logits, where that is not the tokenizer's.
         num_cached: compiled grammars kept, each up to some 40 MB, mostly far below 1.
         num_threads: that fill masks at once; a row of 32,000 tokens takes 10 to 70 us.
 
-        Raises GrammarError where the vocabulary cannot spell every byte.
+        Raises GrammarError where the vocabulary has no end id or cannot spell every byte.
         """
         self._vocabulary = GrammarVocabulary(tokenizer, end_ids, vocab_size or tokenizer.vocab_size)
         self._num_cached = num_cached

@@ -39,6 +39,8 @@ _OPTIONS = '%llguidance {"no_forcing": true}'
 """The model, not the engine, decides how allowed text is cut into tokens."""
 _WHITESPACE = r"[ \t\n]{1,32}"
 """Between JSON's tokens, at most once. Bounded, so that a model cannot pad an answer for ever."""
+_JSON_KEYWORD = re.compile(r"%json[ \t\r\n]*")
+"""What a schema within a grammar follows."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,7 @@ def _choice_rule(text: str) -> str:
 def _checked_grammar(text: str) -> str:
     if "<[" in text:
         raise GrammarError('"<[" names token ids, which is not allowed; for text write "<" "["')
+    _check_inline_schemas(text)
     if not re.search(r"^\s*[\w-]+\s*::=", text, re.MULTILINE):
         return text
     if text.count("::=") > MAX_EBNF_RULES:
@@ -167,6 +170,19 @@ def _checked_grammar(text: str) -> str:
         return gbnf_to_lark(text)
     except Exception as error:  # the library raises nothing narrower
         raise GrammarError(f"it is not EBNF: {error}") from error
+
+
+def _check_inline_schemas(text: str) -> None:
+    """Hold every `%json {...}` of a grammar to the limits of a schema. Raises GrammarError."""
+    end = 0
+    while keyword := _JSON_KEYWORD.search(text, end):
+        try:
+            schema, end = json.JSONDecoder().raw_decode(text, keyword.end())
+        except (ValueError, RecursionError) as error:
+            raise GrammarError(
+                '"%json" must be followed by a schema in JSON; for text write "%" "json"'
+            ) from error
+        _within_limits(schema)
 
 
 def _parse_json(text: str) -> Any:
@@ -182,7 +198,10 @@ def _parse_json(text: str) -> Any:
 
 
 def _checked_schema(text: str) -> dict[str, Any]:
-    schema = _parse_json(text)
+    return _within_limits(_parse_json(text))
+
+
+def _within_limits(schema: Any) -> dict[str, Any]:
     if not isinstance(schema, dict):
         raise GrammarError("a schema must be a JSON object")
     names: set[str] = set()

@@ -45,8 +45,9 @@ class GrammarVocabulary:
     """A tokenizer's pieces as the engine wants them. Safe to share between threads."""
 
     def __init__(self, tokenizer: Tokenizer, end_ids: Sequence[int], vocab_size: int) -> None:
-        assert end_ids, "without an end id no answer could end"
-        self.end_ids = frozenset(end_ids)
+        self.end_ids = frozenset(i for i in end_ids if i < vocab_size)
+        if not self.end_ids:
+            raise GrammarError(f"no end id of {list(end_ids)} is in a vocabulary of {vocab_size}")
         self.num_words = (vocab_size + 31) // 32
         not_text = tokenizer.special_ids | self.end_ids
         pieces = [tokenizer.token_bytes(i) for i in range(min(vocab_size, tokenizer.vocab_size))]

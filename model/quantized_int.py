@@ -93,7 +93,11 @@ class Int8Matrix:
                 x_RI.contiguous(), self.codes_OI, self.scales_O
             )
         else:
-            product_RO = F.linear(x_RI, self.codes_OI.to(x_RI.dtype)) * self.scales_O.to(x_RI.dtype)
+            codes_OI, scales_O = self.codes_OI.to(x_RI.dtype), self.scales_O.to(x_RI.dtype)
+            if x_RI.dtype == torch.float16:  # bare codes would add up to more than it can hold
+                product_RO = F.linear(x_RI, codes_OI.mul_(scales_O[:, None]))
+            else:
+                product_RO = F.linear(x_RI, codes_OI) * scales_O
         return product_RO
 
     def _wide(self, outputs: slice) -> Tensor:

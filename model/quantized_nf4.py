@@ -87,7 +87,10 @@ class Nf4Matrix:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        return self.codes, self.state.absmax
+        state = self.state
+        if not state.nested:
+            return self.codes, state.absmax
+        return self.codes, state.absmax, state.state2.absmax, state.offset
 
     def linear(self, x_RI: Tensor) -> Tensor:
         return self.matmul_4bit(x_RI, self.codes, self.state)

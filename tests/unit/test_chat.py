@@ -186,6 +186,24 @@ def test_a_template_that_fails_raises_the_librarys_error(
         ChatFormat(tokenizer, template).encode([Message("user", "Hi")])
 
 
+def test_a_templates_own_words_do_not_tell_how_control_tokens_are_marked(
+    tokenizer: Tokenizer,
+) -> None:
+    template = "{{ raise_exception('<s>' + eos_token + ' after ' + messages[0]['content']) }}"
+    form = ChatFormat(tokenizer, template)
+    with pytest.raises(PromptError) as refused:
+        form.encode([Message("assistant", "Hi")], adds_prompt=False, continues_last=True)
+    assert str(refused.value) == "<s></s> after Hi"
+
+
+def test_tojson_takes_what_transformers_filter_takes(tokenizer: Tokenizer) -> None:
+    template = "{{ variable | tojson(separators=(',', ':'), sort_keys=true) }}"
+    ids = ChatFormat(tokenizer, template).encode(
+        [Message("user", "Hi")], variables={"variable": {"b": "<é>", "a": [1, 2]}}
+    )
+    assert ids == tokenizer.encode('{"a":[1,2],"b":"<é>"}')
+
+
 def test_a_template_that_does_not_parse_is_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(ConfigError, match="does not parse"):
         ChatFormat(tokenizer, "{% for message in messages %}")
@@ -212,6 +230,7 @@ def test_the_template_file_goes_before_the_configuration_and_that_before_the_def
     [
         ("tokenizer_config.json", b"not JSON"),
         ("tokenizer_config.json", b"[]"),
+        pytest.param("tokenizer_config.json", b"[" * 100_000, id="nested too deeply"),
         ("tokenizer_config.json", b'{"chat_template": [{"name": "default"}]}'),
         ("tokenizer_config.json", b'{"chat_template": "{% if %}"}'),
         ("chat_template.jinja", b"{{ unclosed"),

@@ -101,6 +101,8 @@ def test_what_cannot_be_classified_is_refused(tmp_path: Path) -> None:
     assert classifier.classify([]).labels == ()
     with pytest.raises(PromptError, match="no tokenizer"):
         classifier.classify(["Tom"])
+    with pytest.raises(PromptError, match="a list of texts"):
+        classifier.classify("Tom")
     with pytest.raises(PromptError, match="token id 24"):
         classifier.classify([[1, 24]])
     with pytest.raises(PromptError, match="holds no tokens"):

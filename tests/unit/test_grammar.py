@@ -412,6 +412,12 @@ def test_one_sequence_that_is_too_costly_does_not_harm_the_others(
 # --- what is refused ---
 
 
+def names(count: int) -> list[str]:
+    """Short distinct names, the same at every call."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    return [a + b + c for a in letters for b in letters for c in letters][:count]
+
+
 @pytest.mark.parametrize(
     ("kind", "text", "problem"),
     [
@@ -441,6 +447,11 @@ def test_one_sequence_that_is_too_costly_does_not_harm_the_others(
         ("grammar", 'start: "a" <s> "b"', "cannot handle it|unknown special token"),
         ("grammar", 'start: word "."\nword[max_tokens=3]: /[a-z]*/', "max_tokens"),
         ("grammar", 'start: word "."\nword[stop="."]: /[a-z]*/', "are not supported"),
+        ("grammar", 'start: "a" %json {"multipleOf": 1000003}', "least common multiple"),
+        ("grammar", 'start: %json {} | %json {"multipleOf": 1000003}', "least common multiple"),
+        ("grammar", f"start: %json {json.dumps({'required': names(501)})}", "500 are allowed"),
+        ("grammar", "start: %json []", "a schema must be a JSON object"),
+        ("grammar", 'start: "%json"', "must be followed by a schema"),
         ("grammar", "start: " + "(" * 500 + '"a"' + ")" * 500, "too deeply nested"),
         ("json_object", "{}", "at most 0 are allowed"),
         ("xml", "", "no kind of grammar"),
@@ -457,10 +468,10 @@ def test_what_is_wrong_is_refused_in_one_line(
     assert len(str(refused.value)) < 400
 
 
-def names(count: int) -> list[str]:
-    """Short distinct names, the same at every call."""
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    return [a + b + c for a in letters for b in letters for c in letters][:count]
+def test_a_grammar_may_hold_schemas(compiler: GrammarCompiler) -> None:
+    schema = '{"type": "integer", "multipleOf": 7, "description": "no %json here"}'
+    grammar = compiler.compile(GrammarSpec("grammar", f'start: "a" %json {schema}'))
+    assert allowed(compiler, grammar.matcher())
 
 
 def chain(rule: str, last: str, count: int, join: str = "\n") -> str:
@@ -538,6 +549,16 @@ def test_the_deepest_that_is_let_through_does_not_overflow_the_stack(
 def test_a_vocabulary_without_all_bytes_is_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(GrammarError, match="no token for the byte 0x61"):
         GrammarCompiler(tokenizer, [END], vocab_size=100)
+
+
+def test_an_end_id_out_of_vocabulary_ends_nothing(tokenizer: Tokenizer) -> None:
+    compiler = GrammarCompiler(tokenizer, [END, 10**6])
+    assert compiler.end_ids == {END}
+    matcher = compiler.compile(GrammarSpec.one_of(["a"])).matcher()
+    matcher.accept(*tokenizer.encode("a"))
+    assert allowed(compiler, matcher) == [END]
+    with pytest.raises(GrammarError, match="no end id"):
+        GrammarCompiler(tokenizer, [10**6])
 
 
 # --- the cache, and imports ---

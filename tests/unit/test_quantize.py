@@ -142,6 +142,7 @@ def test_any_shape_is_held_within_the_error_of_its_bits(
     weight = random_matrix(outputs, inputs, dtype)
     held = matrix(quantize(weight, mode), mode, (outputs, inputs), dtype)
     assert held.nbytes == quantized_bytes(mode, (outputs, inputs))
+    assert sum(tensor.nbytes for tensor in held.tensors) == held.nbytes
     read_back = held.linear(torch.eye(inputs, dtype=dtype)).T
     assert read_back.shape == weight.shape
     # nf4's blocks do not end with rows, and its levels are widest at the ends
@@ -167,6 +168,12 @@ def test_a_constant_matrix_stays_what_it_is(mode: str, value: float) -> None:
     held = matrix(quantize(weight, mode), mode, (16, 64), torch.float32)
     difference = held.linear(torch.eye(64)).T - weight
     assert difference.abs().max() <= abs(value) * 2**-8  # scales are bfloat16
+
+
+def test_int8_codes_do_not_add_up_to_more_than_float16_holds() -> None:
+    weight = torch.full((16, 4096), 0.25, dtype=torch.float16)
+    product = quantized(weight, "int8").linear(torch.ones(1, 4096, dtype=torch.float16))
+    assert (product.float() - 1024).abs().max() <= 1024 * 2**-8
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -165,7 +165,6 @@ def test_sizes_add_up_to_mixtral_8x7bs() -> None:
     config = MixtralConfig()
     assert config.num_expert_parameters == 3 * 4_096 * 14_336
     assert config.kv_bytes_per_token(2) == 128 * 1_024
-    assert config.num_queries_per_kv == 4
 
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
