@@ -109,8 +109,8 @@ class TextFormat(BaseModel):
 
     @model_validator(mode="after")
     def _schema_goes_with_its_type(self) -> "TextFormat":
-        given = self.name is not None and self.json_schema is not None
-        if (self.type == "json_schema") != given:
+        is_wanted = self.type == "json_schema"
+        if any((part is not None) != is_wanted for part in (self.name, self.json_schema)):
             raise ValueError("name and schema must be given with type json_schema, and only then")
         return self
 

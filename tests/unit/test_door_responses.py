@@ -408,6 +408,7 @@ def test_logprobs_come_where_they_are_asked_for(api: Api) -> None:
         ({"temperature": 3}, "temperature", "less than or equal to 2"),
         ({"max_output_tokens": 1000}, "max_output_tokens", "max_output_tokens: 1000 exceeds"),
         ({"text": {"format": {"type": "json_schema"}}}, "text", "name and schema"),
+        ({"text": {"format": {"type": "json_object", "schema": {}}}}, "text", "name and schema"),
         (
             {"text": {"format": {"type": "json_schema", "name": "x", "schema": {"\ud800": 1}}}},
             "text.format",
