@@ -45,7 +45,8 @@ DRAIN_S = 10.0
 """How long calls may go on when the ingress stops; below the 20 s after which Serve kills it."""
 
 MAX_DETAILS = 1_000
-"""Characters of an error's text: gRPC sends it as metadata, of which callers take 8 KiB."""
+"""Bytes of an error's text. gRPC sends it as metadata, of which callers take 8 KiB, and bytes that
+are not ASCII as three each."""
 
 HEALTH_PERIOD_S = 1.0
 """How often watchers of the health are told of a change."""
@@ -204,7 +205,7 @@ class UsersDoor(maestrale_pb2_grpc.MaestraleServicer):
             status = refusal.status
             code = _CODES.get(status, grpc.StatusCode.INTERNAL)
             trailers = tuple((key.lower(), value) for key, value in refusal.headers.items())
-            await context.abort(code, refusal.message[:MAX_DETAILS], trailers)
+            await context.abort(code, _details(refusal.message), trailers)
         finally:
             seconds = time.perf_counter() - started
             self._metrics.observe_request(f"/{SERVICE}/{method}", status, seconds)
@@ -248,7 +249,7 @@ class _Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # untyped
         if request.service not in ("", SERVICE):
             await context.abort(
                 grpc.StatusCode.NOT_FOUND,
-                f"no service {request.service[:MAX_DETAILS]!r}; there is {SERVICE}",
+                _details(f"there is {SERVICE}, no service {request.service!r}"),
             )
         return self._response(request.service)
 
@@ -276,6 +277,11 @@ class _Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # untyped
 def _request_id_of(given: str | None) -> str:
     """What a call is named: as its caller says, if that is sane."""
     return given if given and _SANE_ID.fullmatch(given) else uuid.uuid4().hex
+
+
+def _details(message: str) -> str:
+    """As much of an error's text as is sure to arrive."""
+    return message.encode(errors="replace")[:MAX_DETAILS].decode(errors="ignore")
 
 
 def _host_of(address: str) -> str:
