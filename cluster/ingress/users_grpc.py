@@ -10,7 +10,7 @@ import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -110,7 +110,8 @@ async def serving(
     maestrale_pb2_grpc.add_MaestraleServicer_to_server(
         UsersDoor(answerer, metrics, access, is_local=is_loopback(_host_of(address))), server
     )
-    health_pb2_grpc.add_HealthServicer_to_server(_Health(answerer), server)
+    own_health = _Health(answerer)
+    health_pb2_grpc.add_HealthServicer_to_server(own_health, server)
     names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)
     try:
@@ -126,6 +127,7 @@ async def serving(
     try:
         yield port
     finally:
+        own_health.end()
         await server.stop(DRAIN_S)
 
 
@@ -238,10 +240,17 @@ class _Parser(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # untyped
 
 
 class _Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # untyped
-    """The standard health service: serving when a head can answer."""
+    """The standard health service: serving when a head can answer, until the end. Owned by the
+    event loop.
+    """
 
     def __init__(self, answerer: Answerer) -> None:
         self._answerer = answerer
+        self._is_ending = asyncio.Event()
+
+    def end(self) -> None:
+        """Let the watchers go, told that nothing is served: by themselves they never would."""
+        self._is_ending.set()
 
     async def Check(  # noqa: N802
         self, request: health_pb2.HealthCheckRequest, context: Any
@@ -257,17 +266,21 @@ class _Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # untyped
         self, request: health_pb2.HealthCheckRequest, context: Any
     ) -> None:
         told = None
-        while True:
+        is_last = False
+        while not is_last:
+            is_last = self._is_ending.is_set()
             response = self._response(request.service)
             if response != told:
                 await context.write(response)
                 told = response
-            await asyncio.sleep(HEALTH_PERIOD_S)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(HEALTH_PERIOD_S):
+                    await self._is_ending.wait()
 
     def _response(self, service: str) -> health_pb2.HealthCheckResponse:
         if service not in ("", SERVICE):
             status = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
-        elif self._answerer.engine.readiness().ready:
+        elif self._answerer.engine.readiness().ready and not self._is_ending.is_set():
             status = health_pb2.HealthCheckResponse.SERVING
         else:
             status = health_pb2.HealthCheckResponse.NOT_SERVING
