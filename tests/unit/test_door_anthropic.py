@@ -207,6 +207,13 @@ def test_calls_are_blocks_streamed_or_not(caller: Api) -> None:
     ]
 
 
+def test_a_tools_name_may_be_as_long_as_anthropics(caller: Api) -> None:
+    create(caller, tools=[{**WEATHER, "name": "n" * 128}])
+    with pytest.raises(anthropic.BadRequestError, match="tools: "):
+        create(caller, tools=[{**WEATHER, "name": "n" * 129}])
+    assert len(caller.engine.journals) == 1
+
+
 def test_text_before_a_call_is_a_block_of_its_own(caller: Api) -> None:
     caller.engine.script = lambda journal: [*caller.tokenizer.encode(f"wait {CALLS}"), EOS]
     message = create(caller, tools=[WEATHER, CLOCK], max_tokens=400)
