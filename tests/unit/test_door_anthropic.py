@@ -402,6 +402,7 @@ def assert_refused(api: Api, body: dict[str, Any], status: int, kind: str) -> st
         ({"tool_choice": {"type": "any"}}, "tool_choice: there are no tools"),
         ({"tool_choice": {"type": "tool"}}, "tool_choice: name must be given"),
         ({"thinking": {"type": "enabled", "budget_tokens": 9}}, "thinking is not supported"),
+        ({"output_format": {"type": "json_schema"}}, "output_format is not supported"),
         ({"temperature": -1}, "temperature: Input should be greater than or equal to 0"),
         ({"system": [{"type": "image"}]}, "system: Input should be 'text'"),
         (
