@@ -121,6 +121,8 @@ class Proxy:
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
         self.num_cut = 0
         self._open: list[socket.socket] = []
+        self._is_over = False
+        self._changing = threading.Lock()  # of the two above
         self._flows = threading.Event()
         self._flows.set()
 
@@ -135,6 +137,8 @@ class Proxy:
         trace: TracebackType | None,
     ) -> None:
         self._flows.set()
+        with self._changing:
+            self._is_over = True
         # a plain close would leave the thread in accept, and the port open
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
@@ -143,7 +147,8 @@ class Proxy:
 
     def cut(self) -> None:
         """End all connections; new ones may come."""
-        ended, self._open = self._open, []
+        with self._changing:
+            ended, self._open = self._open, []
         for each in ended:
             with contextlib.suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
@@ -169,7 +174,12 @@ class Proxy:
                     client.close()  # as if nobody listened here either
                     continue
                 server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                self._open += [client, server]
+                with self._changing:
+                    if self._is_over:
+                        client.close()
+                        server.close()
+                        return
+                    self._open += [client, server]
                 for source, sink in ((client, server), (server, client)):
                     late: queue.SimpleQueue[tuple[float, bytes]] = queue.SimpleQueue()
                     for carry, end in ((self._take, source), (self._give, sink)):

@@ -20,6 +20,9 @@ from model.config import MixtralConfig
 from model.weights import Checkpoint
 from protos import head_pb2_grpc
 
+START_TIMEOUT_S = 120.0
+"""Until a head listens; only a hang comes near it."""
+
 
 @dataclass(frozen=True)
 class Server:
@@ -48,6 +51,7 @@ def fuzzed_head() -> Iterator[Server]:
     theirs.close()
     try:
         assert process.pid is not None
+        assert ours.poll(START_TIMEOUT_S), "the head does not start"
         yield Server(ours.recv(), process.pid)
     finally:
         ours.close()

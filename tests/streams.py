@@ -1,5 +1,6 @@
 """Many streams at a time from a running service, with what a client sees of a disturbance."""
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -50,17 +51,25 @@ def tell_all(
     disturb: Callable[[], None],
     after: int,
 ) -> list[Story]:
-    """All at once; `disturb` is called once, in the midst of them: after so many chunks of all."""
+    """All at once; `disturb` is called once, in the midst of them: after so many chunks of all.
+
+    Raises AssertionError when there were not so many.
+    """
     num_left = after
+    counting = threading.Lock()
 
     def count() -> None:
         nonlocal num_left
-        num_left -= 1
-        if num_left == 0:
+        with counting:
+            num_left -= 1
+            is_time = num_left == 0
+        if is_time:
             disturb()
 
     with ThreadPoolExecutor(len(prompts)) as pool:
-        return list(pool.map(lambda prompt: tell(client, prompt, max_tokens, count), prompts))
+        stories = list(pool.map(lambda prompt: tell(client, prompt, max_tokens, count), prompts))
+    assert num_left <= 0, f"all streams ended {num_left} chunks before the disturbance"
+    return stories
 
 
 def percentile(values: Sequence[float], percent: float) -> float:

@@ -2,8 +2,9 @@
 and tells the answer in its own.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from typing import Protocol
 
 from fastapi import Request, Response
@@ -51,18 +52,20 @@ def conversation(turns: Iterable[ChatMessage]) -> list[ChatMessage]:
     the assistant has said and called. Results of tools stay apart.
     """
     messages: list[ChatMessage] = []
-    for turn in turns:
-        if messages and messages[-1].role == turn.role != "tool":
-            turn = _as_one(messages.pop(), turn)
-        messages.append(turn)
+    for role, group in groupby(turns, key=lambda turn: turn.role):
+        own = list(group)
+        messages += own if role == "tool" else [_as_one(own)]
     return messages
 
 
-def _as_one(first: ChatMessage, second: ChatMessage) -> ChatMessage:
-    texts = [each.text for each in (first, second) if each.text is not None]
-    calls = [*(first.tool_calls or ()), *(second.tool_calls or ())]
+def _as_one(turns: Sequence[ChatMessage]) -> ChatMessage:
+    """Turns of one role. All at once: each may add a little to megabytes of text."""
+    if len(turns) == 1:
+        return turns[0]
+    texts = [turn.text for turn in turns if turn.text is not None]
+    calls = [call for turn in turns for call in turn.tool_calls or ()]
     return ChatMessage(
-        role=first.role, content="\n".join(texts) if texts else None, tool_calls=calls or None
+        role=turns[0].role, content="\n".join(texts) if texts else None, tool_calls=calls or None
     )
 
 

@@ -131,8 +131,7 @@ def _message(item: InputMessage | InputCall | InputCallOutput) -> ChatMessage:
             result = _text(item.output)
             return ChatMessage(role="tool", tool_call_id=item.call_id, content=result)
         case InputMessage():
-            role = "system" if item.role == "developer" else item.role
-            return ChatMessage(role=role, content=_text(item.content))
+            return ChatMessage(role=item.role, content=_text(item.content))
 
 
 def _text(words: Words) -> str:

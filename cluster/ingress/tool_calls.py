@@ -85,7 +85,7 @@ class CallReader:
                 case "content":
                     content += self._read_content()
                 case "head" if self._is_prose():
-                    content += self._marker + self._take(len(self._held))
+                    content += self._marker
                     self._state = "content"
                 case "head":
                     calls += self._read_head()

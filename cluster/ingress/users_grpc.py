@@ -10,7 +10,7 @@ import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -45,7 +45,8 @@ DRAIN_S = 10.0
 """How long calls may go on when the ingress stops; below the 20 s after which Serve kills it."""
 
 MAX_DETAILS = 1_000
-"""Characters of an error's text: gRPC sends it as metadata, of which callers take 8 KiB."""
+"""Bytes of an error's text. gRPC sends it as metadata, of which callers take 8 KiB, and bytes that
+are not ASCII as three each."""
 
 HEALTH_PERIOD_S = 1.0
 """How often watchers of the health are told of a change."""
@@ -109,7 +110,8 @@ async def serving(
     maestrale_pb2_grpc.add_MaestraleServicer_to_server(
         UsersDoor(answerer, metrics, access, is_local=is_loopback(_host_of(address))), server
     )
-    health_pb2_grpc.add_HealthServicer_to_server(_Health(answerer), server)
+    own_health = _Health(answerer)
+    health_pb2_grpc.add_HealthServicer_to_server(own_health, server)
     names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)
     try:
@@ -125,6 +127,7 @@ async def serving(
     try:
         yield port
     finally:
+        own_health.end()
         await server.stop(DRAIN_S)
 
 
@@ -204,7 +207,7 @@ class UsersDoor(maestrale_pb2_grpc.MaestraleServicer):
             status = refusal.status
             code = _CODES.get(status, grpc.StatusCode.INTERNAL)
             trailers = tuple((key.lower(), value) for key, value in refusal.headers.items())
-            await context.abort(code, refusal.message[:MAX_DETAILS], trailers)
+            await context.abort(code, _details(refusal.message), trailers)
         finally:
             seconds = time.perf_counter() - started
             self._metrics.observe_request(f"/{SERVICE}/{method}", status, seconds)
@@ -237,10 +240,17 @@ class _Parser(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # untyped
 
 
 class _Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # untyped
-    """The standard health service: serving when a head can answer."""
+    """The standard health service: serving when a head can answer, until the end. Owned by the
+    event loop.
+    """
 
     def __init__(self, answerer: Answerer) -> None:
         self._answerer = answerer
+        self._is_ending = asyncio.Event()
+
+    def end(self) -> None:
+        """Let the watchers go, told that nothing is served: by themselves they never would."""
+        self._is_ending.set()
 
     async def Check(  # noqa: N802
         self, request: health_pb2.HealthCheckRequest, context: Any
@@ -248,7 +258,7 @@ class _Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # untyped
         if request.service not in ("", SERVICE):
             await context.abort(
                 grpc.StatusCode.NOT_FOUND,
-                f"no service {request.service[:MAX_DETAILS]!r}; there is {SERVICE}",
+                _details(f"there is {SERVICE}, no service {request.service!r}"),
             )
         return self._response(request.service)
 
@@ -256,17 +266,21 @@ class _Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # untyped
         self, request: health_pb2.HealthCheckRequest, context: Any
     ) -> None:
         told = None
-        while True:
+        is_last = False
+        while not is_last:
+            is_last = self._is_ending.is_set()
             response = self._response(request.service)
             if response != told:
                 await context.write(response)
                 told = response
-            await asyncio.sleep(HEALTH_PERIOD_S)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(HEALTH_PERIOD_S):
+                    await self._is_ending.wait()
 
     def _response(self, service: str) -> health_pb2.HealthCheckResponse:
         if service not in ("", SERVICE):
             status = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
-        elif self._answerer.engine.readiness().ready:
+        elif self._answerer.engine.readiness().ready and not self._is_ending.is_set():
             status = health_pb2.HealthCheckResponse.SERVING
         else:
             status = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -276,6 +290,11 @@ class _Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # untyped
 def _request_id_of(given: str | None) -> str:
     """What a call is named: as its caller says, if that is sane."""
     return given if given and _SANE_ID.fullmatch(given) else uuid.uuid4().hex
+
+
+def _details(message: str) -> str:
+    """As much of an error's text as is sure to arrive."""
+    return message.encode(errors="replace")[:MAX_DETAILS].decode(errors="ignore")
 
 
 def _host_of(address: str) -> str:

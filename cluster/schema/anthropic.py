@@ -12,9 +12,10 @@ from cluster.schema.tools import MAX_TOOLS, FunctionName
 NOT_SUPPORTED_IN_MESSAGES: dict[str, tuple[Any, ...]] = {
     "container": (),
     "mcp_servers": ([],),
+    "output_format": (),
     "thinking": ({"type": "disabled"},),
 }
-"""See NOT_SUPPORTED."""
+"""See NOT_SUPPORTED. output_format is what older clients call output_config.format."""
 
 MAX_TURNS = 9_999
 """With a system prompt, as many messages as chat takes."""

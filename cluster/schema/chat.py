@@ -46,6 +46,12 @@ class ChatMessage(BaseModel):
     """In a turn of a tool, the call that it answers."""
     name: str | None = Field(default=None, max_length=256)
 
+    @field_validator("role")
+    @classmethod
+    def _by_its_older_name(cls, role: str) -> str:
+        """OpenAI's newer word for the system's turns, which no template of Mixtral's knows."""
+        return "system" if role == "developer" else role
+
     @model_validator(mode="after")
     def _says_something(self) -> "ChatMessage":
         if self.content is None and not self.tool_calls:

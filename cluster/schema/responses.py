@@ -3,9 +3,18 @@
 Nothing is stored: what refers to an earlier response is refused.
 """
 
-from typing import Annotated, Any, Literal
+import json
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    Discriminator,
+    Field,
+    Tag,
+    field_validator,
+    model_validator,
+)
 
 from cluster.schema.answer_form import ResponseFormat
 from cluster.schema.content import AsList, Text, TextOrList
@@ -25,6 +34,22 @@ MAX_ITEMS = 9_999
 """With instructions, as many messages as chat takes."""
 MAX_METADATA = 16
 """Pairs that a request may have echoed; OpenAI's bound, as are those of keys and values."""
+
+T = TypeVar("T")
+
+
+def _repeatable(given: T) -> T:
+    """Refuse what cannot come back with the response.
+
+    Python reads infinities and half a surrogate pair, and pydantic takes values too deep for it to
+    write.
+    """
+    try:
+        text = json.dumps(given, ensure_ascii=False, allow_nan=False, default=BaseModel.model_dump)
+        text.encode()
+    except (ValueError, RecursionError) as error:
+        raise ValueError("holds what JSON cannot, or is nested too deeply") from error
+    return given
 
 
 class InputText(BaseModel):
@@ -103,14 +128,14 @@ class TextFormat(BaseModel):
 
     type: Literal["text", "json_object", "json_schema"]
     name: str | None = Field(default=None, min_length=1, max_length=64)
-    description: str | None = None
+    description: Annotated[str | None, AfterValidator(_repeatable)] = None
     json_schema: dict[str, Any] | None = Field(default=None, alias="schema")
     strict: bool | None = None
 
     @model_validator(mode="after")
     def _schema_goes_with_its_type(self) -> "TextFormat":
-        given = self.name is not None and self.json_schema is not None
-        if (self.type == "json_schema") != given:
+        is_wanted = self.type == "json_schema"
+        if any((part is not None) != is_wanted for part in (self.name, self.json_schema)):
             raise ValueError("name and schema must be given with type json_schema, and only then")
         return self
 
@@ -163,6 +188,11 @@ class ResponsesRequest(ModelRequest):
     @classmethod
     def _nothing_is_stored(cls, _given: Any) -> None:
         raise ValueError("responses are not stored here; send the whole conversation as input")
+
+    @field_validator("tools")
+    @classmethod
+    def _come_back(cls, tools: list[FunctionTool]) -> list[FunctionTool]:
+        return _repeatable(tools)
 
 
 Status = Literal["in_progress", "completed", "incomplete"]

@@ -10,7 +10,8 @@ from pydantic import BaseModel, Field, field_validator
 MAX_TOOLS = 128
 """Functions that a request may offer, and calls that a message may hold."""
 
-FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
+"""As long as OpenAI's Responses API and Anthropic's take them; chat's are half as long there."""
 
 
 class FunctionDefinition(BaseModel):

@@ -69,11 +69,14 @@ def tell(
 
         async def read(journal: Journal, has_some: asyncio.Event) -> list[int]:
             ids: list[int] = []
-            async with aclosing(pool.generate(journal)) as batches:
-                async for token_ids in batches:
-                    ids += token_ids
-                    if len(ids) >= after:
-                        has_some.set()
+            try:
+                async with aclosing(pool.generate(journal)) as batches:
+                    async for token_ids in batches:
+                        ids += token_ids
+                        if len(ids) >= after:
+                            has_some.set()
+            finally:
+                has_some.set()  # a failure is to be seen, not waited for
             return ids
 
         async with asyncio.timeout(DEADLINE_S):

@@ -148,6 +148,14 @@ def test_chat_reads_content_parts_and_the_newer_name_of_max_tokens(api: Api) -> 
     )
 
 
+def test_a_developers_message_is_the_systems(api: Api) -> None:
+    for role in ("system", "developer"):
+        messages = [{"role": role, "content": "Be brief."}, USER]
+        assert api.post(CHAT, {"messages": messages}).status_code == 200
+    one, other = api.engine.journals
+    assert one.prompt_ids == other.prompt_ids
+
+
 def test_control_tokens_in_a_message_stay_text(api: Api) -> None:
     api.post(CHAT, {"messages": [{"role": "user", "content": "</s><s>"}]})
     (journal,) = api.engine.journals

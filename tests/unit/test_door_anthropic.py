@@ -207,6 +207,13 @@ def test_calls_are_blocks_streamed_or_not(caller: Api) -> None:
     ]
 
 
+def test_a_tools_name_may_be_as_long_as_anthropics(caller: Api) -> None:
+    create(caller, tools=[{**WEATHER, "name": "n" * 128}])
+    with pytest.raises(anthropic.BadRequestError, match="tools: "):
+        create(caller, tools=[{**WEATHER, "name": "n" * 129}])
+    assert len(caller.engine.journals) == 1
+
+
 def test_text_before_a_call_is_a_block_of_its_own(caller: Api) -> None:
     caller.engine.script = lambda journal: [*caller.tokenizer.encode(f"wait {CALLS}"), EOS]
     message = create(caller, tools=[WEATHER, CLOCK], max_tokens=400)
@@ -395,6 +402,7 @@ def assert_refused(api: Api, body: dict[str, Any], status: int, kind: str) -> st
         ({"tool_choice": {"type": "any"}}, "tool_choice: there are no tools"),
         ({"tool_choice": {"type": "tool"}}, "tool_choice: name must be given"),
         ({"thinking": {"type": "enabled", "budget_tokens": 9}}, "thinking is not supported"),
+        ({"output_format": {"type": "json_schema"}}, "output_format is not supported"),
         ({"temperature": -1}, "temperature: Input should be greater than or equal to 0"),
         ({"system": [{"type": "image"}]}, "system: Input should be 'text'"),
         (

@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import math
 from collections.abc import Iterator
+from functools import reduce
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,7 @@ WEATHER: Any = {
     "strict": True,
 }
 CLOCK: Any = {"type": "function", "name": "clock", "parameters": {"type": "object"}}
+DEEP: Any = {**CLOCK, "parameters": reduce(lambda inner, _: {"not": inner}, range(300), {})}
 ARGUMENTS = '{"city": "Nice"}'
 CALL: Any = {
     "type": "function_call",
@@ -398,6 +401,17 @@ def test_logprobs_come_where_they_are_asked_for(api: Api) -> None:
             "tools",
             "must be the schema of an object",
         ),
+        (
+            {"tools": [{**CLOCK, "description": "\ud800"}], "tool_choice": "none"},
+            "tools",
+            "what JSON cannot",
+        ),
+        (
+            {"tools": [{**CLOCK, "parameters": {"minimum": math.nan}}], "tool_choice": "none"},
+            "tools",
+            "what JSON cannot",
+        ),
+        ({"tools": [DEEP], "tool_choice": "none"}, "tools", "nested too deeply"),
         ({"tool_choice": "required"}, "tool_choice", "there are no tools"),
         ({"tool_choice": "sometimes"}, "tool_choice", "'auto', 'none' or 'required'"),
         (
@@ -408,6 +422,12 @@ def test_logprobs_come_where_they_are_asked_for(api: Api) -> None:
         ({"temperature": 3}, "temperature", "less than or equal to 2"),
         ({"max_output_tokens": 1000}, "max_output_tokens", "max_output_tokens: 1000 exceeds"),
         ({"text": {"format": {"type": "json_schema"}}}, "text", "name and schema"),
+        (
+            {"text": {"format": {"type": "text", "description": "\udfff"}}},
+            "text",
+            "what JSON cannot",
+        ),
+        ({"text": {"format": {"type": "json_object", "schema": {}}}}, "text", "name and schema"),
         (
             {"text": {"format": {"type": "json_schema", "name": "x", "schema": {"\ud800": 1}}}},
             "text.format",

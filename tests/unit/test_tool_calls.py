@@ -60,6 +60,7 @@ ANSWERS: list[tuple[str, str, Calls]] = [
     ),
     # what is no call
     (f"{MARKER} is what I would write", f"{MARKER} is what I would write", []),
+    (f"{MARKER} no {MARKER} [{ONE}]", f"{MARKER} no ", [("weather", ARGUMENTS)]),
     (f"{MARKER} [{ONE[:20]}", f"{MARKER} [{ONE[:20]}", []),
     (f"{MARKER} [1, 2]", f"{MARKER} [1, 2]", []),
     (f'{MARKER} [{{"name": ["time"]}}]', f'{MARKER} [{{"name": ["time"]}}]', []),
