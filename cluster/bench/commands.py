@@ -270,7 +270,11 @@ def _read(file: Path) -> str:
 def _check_writable(*files: Path | None) -> None:
     """Raise ConfigurationError now rather than when the numbers are there."""
     for file in files:
-        if file is not None and not os.access(file if file.exists() else file.parent, os.W_OK):
+        if file is None:
+            continue
+        if file.is_dir():
+            raise ConfigurationError(f"cannot write {file}: it is a folder")
+        if not os.access(file if file.exists() else file.parent, os.W_OK):
             raise ConfigurationError(f"cannot write {file}")
 
 

@@ -50,3 +50,4 @@ def test_the_base_install_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) 
 def test_a_report_that_cannot_be_written_is_refused_before_the_load(tmp_path: Path) -> None:
     for flag in ("--json", "--html"):
         assert "cannot write" in refusal("http", flag, str(tmp_path / "nowhere" / "report"))
+        assert "it is a folder" in refusal("http", flag, str(tmp_path))
