@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -86,6 +87,8 @@ def http(
         raise ConfigurationError("--requests and --duration exclude each other")
     if duration is not None and not 0 < duration < float("inf"):
         raise ConfigurationError(f"--duration {duration} is no number of seconds above 0")
+    num_requests = None if duration is not None else requests or 100
+    loads: Sequence[float] = _callers(concurrency, num_requests) if rate is None else _numbers(rate)
     _check_writable(json_file, html)
     output_lengths = Lengths.parse(output_tokens)
     jobs = (
@@ -98,8 +101,8 @@ def http(
     plan = bench.Plan(
         jobs=jobs,
         is_open=rate is not None,
-        loads=_numbers(rate) if rate is not None else _integers(concurrency or "8"),
-        num_requests=None if duration is not None else requests or 100,
+        loads=loads,
+        num_requests=num_requests,
         duration_s=duration,
         num_warmup=warmup,
         limits=Limits.parse(goodput),
@@ -234,6 +237,22 @@ def dispatch(
     overwrite("")
     console.print(trips_table(found))
     _write_json(json_file, as_json(found))
+
+
+def _callers(concurrency: str | None, num_requests: int | None) -> Sequence[float]:
+    """How many ask at a time, of each load. Raises ConfigurationError where some would never ask.
+
+    num_requests: of each load; None for as many as come.
+    """
+    if concurrency is None:
+        return [min(8, num_requests or 8)]
+    numbers = _integers(concurrency)
+    if num_requests is not None and max(numbers) > num_requests:
+        raise ConfigurationError(
+            f"{num_requests} requests cannot keep {max(numbers)} callers busy: raise --requests "
+            "or lower --concurrency"
+        )
+    return numbers
 
 
 def _numbers(text: str) -> list[float]:

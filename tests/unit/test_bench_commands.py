@@ -25,6 +25,8 @@ def refusal(*flags: str) -> str:
         ("http --duration 0", "--duration"),
         ("http --concurrency 1.5", "whole numbers of at least 1"),
         ("http --concurrency 0", "whole numbers of at least 1"),
+        ("http --concurrency 1,8 --requests 7", "7 requests cannot keep 8 callers busy"),
+        ("http --concurrency 128", "100 requests cannot keep 128 callers busy"),
         ("http --rate nan", "numbers above 0"),
         ("http --rate 1,,2", "numbers above 0"),
         ("http --input-tokens few", "no length in tokens"),
