@@ -118,11 +118,11 @@ def http(
         environ=os.environ,
     )
     run = asyncio.run(measuring)
-    console.print(heading(run), markup=False)
+    console.print(heading(run))
     console.print(rates(run).as_rich())
     console.print(times(run).as_rich())
     for line in notes(run):
-        console.print(line, style="yellow", markup=False)
+        console.print(line, style="yellow")
     _write_json(json_file, as_json(run))
     if html is not None:
         _write(html, page(run))
