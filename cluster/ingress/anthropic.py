@@ -90,12 +90,12 @@ def router(answerer: Answerer) -> APIRouter:
 
     @routes.post(f"{ANTHROPIC_PATH}/count_tokens", responses=_ERRORS, tags=[TOKENS])
     async def count_tokens(body: CountTokensRequest) -> TokenCount:
-        """How many tokens a conversation is, template included."""
+        """How many tokens a conversation is, template included; also one beyond the context."""
         answerer.prepare.check(body)
         answerer.note_ignored(body)
         with told_by(_NAMES):
-            work = answerer.prepare.chat(chat_request(body), client="")
-        return TokenCount(input_tokens=work.usage(0).prompt_tokens)
+            ids = answerer.prepare.chat_ids(chat_request(body))
+        return TokenCount(input_tokens=len(ids))
 
     return routes
 

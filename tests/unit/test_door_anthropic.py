@@ -16,6 +16,7 @@ from cluster.ingress.auth import Access
 from cluster.ingress.tool_calls import CallDelta
 from tests.api_fakes import (
     CHAT,
+    CONTEXT,
     EOS,
     JSON,
     LOADING,
@@ -340,6 +341,16 @@ def test_counting_tells_what_the_message_costs(api: Api) -> None:
         api.tokenizer.encode_prompt("[INST] be brief\n\nwind [/INST]")
     )
     assert api.engine.journals == []
+
+
+def test_a_conversation_beyond_the_context_is_counted(api: Api) -> None:
+    text = " ".join(["wind"] * CONTEXT)
+    body = {"model": MODEL_ID, "messages": [{"role": "user", "content": text}]}
+    reply = api.post(f"{PATH}/count_tokens", body)
+    num_tokens = len(api.tokenizer.encode_prompt(f"[INST] {text} [/INST]"))
+    assert num_tokens > CONTEXT
+    assert reply.json() == {"input_tokens": num_tokens}
+    assert api.post(PATH, {**body, "max_tokens": 1}).status_code == 400
 
 
 def test_a_schema_becomes_a_grammar(api: Api) -> None:
