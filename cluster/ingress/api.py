@@ -71,6 +71,7 @@ def create_app(
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     app.add_middleware(access.protect)
     app.add_middleware(RequestLog, metrics=metrics)
+    app.add_middleware(access.tell_browsers)  # outermost: RequestLog answers, too
     return app
 
 

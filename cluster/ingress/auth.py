@@ -105,12 +105,17 @@ class Access:
         )
 
     def protect(self, app: ASGIApp) -> ASGIApp:
-        """The app behind the check of keys, and that behind the answers to browsers."""
-        checked = KeyCheck(app, access=self)
+        """The app behind the check of keys."""
+        return KeyCheck(app, access=self)
+
+    def tell_browsers(self, app: ASGIApp) -> ASGIApp:
+        """The app, with each of its answers marked as one that pages of allowed sites may read,
+        whatever it tells; preflights are answered here.
+        """
         if not self.allowed_origins:
-            return checked
+            return app
         return CORSMiddleware(
-            checked,
+            app,
             allow_origins=self.allowed_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],  # SDKs send many of their own

@@ -1,5 +1,5 @@
 """Per request: a count and a time in the metrics, and an answer when nothing else gave one. ASGI
-middleware, the outermost of ours.
+middleware, the outermost of ours but for what tells browsers that they may read the answer.
 
 The reply's X-Request-Id is not ours to give: Serve's proxy puts one on every reply.
 """

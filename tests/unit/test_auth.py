@@ -11,7 +11,16 @@ from cluster.app import check_access
 from cluster.config import ServeConfig
 from cluster.errors import ConfigurationError
 from cluster.ingress.auth import KEYS_VARIABLE, Access, read_api_keys
-from tests.api_fakes import BOTH, CLASSIFY, COMPLETIONS, Api, assert_error, body_for
+from tests.api_fakes import (
+    BOTH,
+    CLASSIFY,
+    COMPLETIONS,
+    EITHER_WAY,
+    Api,
+    assert_error,
+    body_for,
+    fails_after,
+)
 
 KEY = "sk-first-key"
 KEYS = [KEY, "sk-second/key+="]
@@ -227,6 +236,20 @@ def test_a_page_of_an_allowed_site_can_read_answers_and_refusals(api: Api) -> No
         assert allowed_origin(response) == ORIGIN
         for name in ("X-Request-Id", "Retry-After", "X-Resumed-Tokens"):
             assert name in response.headers["access-control-expose-headers"]
+
+
+@BOTH
+@EITHER_WAY
+def test_a_page_of_an_allowed_site_can_read_a_failure_of_ours(
+    api: Api, path: str, stream: bool
+) -> None:
+    api.admit(access(KEY, origins=(ORIGIN,)))
+    api.engine.script = fails_after(0, ValueError("unexpected"))
+    headers = {"Origin": ORIGIN, **bearer(KEY)}
+    response = api.post(path, body_for(path, stream=stream), headers=headers)
+    assert response.status_code == 500
+    assert allowed_origin(response) == ORIGIN
+    assert api.num_requests(path, 500) == 1
 
 
 def test_other_sites_and_by_default_all_are_kept_out(api: Api) -> None:
