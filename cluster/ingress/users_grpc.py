@@ -10,7 +10,7 @@ import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -109,7 +109,8 @@ async def serving(
     maestrale_pb2_grpc.add_MaestraleServicer_to_server(
         UsersDoor(answerer, metrics, access, is_local=is_loopback(_host_of(address))), server
     )
-    health_pb2_grpc.add_HealthServicer_to_server(_Health(answerer), server)
+    told_health = _Health(answerer)
+    health_pb2_grpc.add_HealthServicer_to_server(told_health, server)
     names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)
     try:
@@ -125,6 +126,7 @@ async def serving(
     try:
         yield port
     finally:
+        told_health.end()
         await server.stop(DRAIN_S)
 
 
@@ -237,10 +239,15 @@ class _Parser(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # untyped
 
 
 class _Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # untyped
-    """The standard health service: serving when a head can answer."""
+    """The standard health service: serving while a head can answer and the door is open."""
 
     def __init__(self, answerer: Answerer) -> None:
         self._answerer = answerer
+        self._ended = asyncio.Event()
+
+    def end(self) -> None:
+        """Serve no more: tell the watchers so, and let them go, for whom draining would wait."""
+        self._ended.set()
 
     async def Check(  # noqa: N802
         self, request: health_pb2.HealthCheckRequest, context: Any
@@ -261,12 +268,16 @@ class _Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # untyped
             if response != told:
                 await context.write(response)
                 told = response
-            await asyncio.sleep(HEALTH_PERIOD_S)
+            if self._ended.is_set():
+                return
+            with suppress(TimeoutError):
+                async with asyncio.timeout(HEALTH_PERIOD_S):
+                    await self._ended.wait()
 
     def _response(self, service: str) -> health_pb2.HealthCheckResponse:
         if service not in ("", SERVICE):
             status = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
-        elif self._answerer.engine.readiness().ready:
+        elif self._answerer.engine.readiness().ready and not self._ended.is_set():
             status = health_pb2.HealthCheckResponse.SERVING
         else:
             status = health_pb2.HealthCheckResponse.NOT_SERVING
