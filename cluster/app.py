@@ -115,7 +115,7 @@ def check_access(config: ServeConfig, host: str) -> list[str]:
             f"{host} is not loopback, so anybody on the network could use the model: give keys "
             f"with --api-keys-file or {KEYS_VARIABLE}, or say --allow-open-http"
         )
-    return keys or [""]
+    return [key.text for key in keys] or [""]
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from cluster.config import ServeConfig
 from cluster.errors import ConfigurationError, HeadUnavailableError
 from cluster.ingress.answerer import Answerer
 from cluster.ingress.api import create_app
-from cluster.ingress.auth import Access
+from cluster.ingress.auth import Access, ApiKey
 from cluster.ingress.deployment import grpc_door
 from cluster.ingress.users_grpc import MAX_DETAILS, SERVICE, credentials_of, serving
 from cluster.security import identity_of
@@ -438,7 +438,7 @@ def test_watchers_of_the_health_are_told_of_the_end_and_do_not_hold_it_up(
 
 
 def test_a_key_is_asked_for_where_there_are_keys(api: Api, call: Call) -> None:
-    api.admit(Access.with_keys(["sesame"], allow_open=False, allowed_origins=()))
+    api.admit(Access.with_keys([ApiKey("sesame")], allow_open=False, allowed_origins=()))
     error = refusal(call, generate())
     assert error.code() == grpc.StatusCode.UNAUTHENTICATED
     assert "no API key" in (error.details() or "")

@@ -10,7 +10,7 @@ import pytest
 from cluster.app import check_access
 from cluster.config import ServeConfig
 from cluster.errors import ConfigurationError
-from cluster.ingress.auth import KEYS_VARIABLE, Access, read_api_keys
+from cluster.ingress.auth import KEYS_VARIABLE, Access, ApiKey, read_api_keys
 from tests.api_fakes import (
     BOTH,
     CLASSIFY,
@@ -29,7 +29,9 @@ PREFLIGHT = {"Origin": ORIGIN, "Access-Control-Request-Method": "POST"}
 
 
 def access(*keys: str, allow_open: bool = False, origins: tuple[str, ...] = ()) -> Access:
-    return Access.with_keys(list(keys), allow_open=allow_open, allowed_origins=origins)
+    return Access.with_keys(
+        [ApiKey(key) for key in keys], allow_open=allow_open, allowed_origins=origins
+    )
 
 
 @pytest.fixture
@@ -176,10 +178,20 @@ def test_loopback_needs_no_keys(host: str, monkeypatch: pytest.MonkeyPatch) -> N
 def test_keys_come_from_a_file_and_the_environment(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text(f"# ours\n{KEY}  # the chat page\n\n  {KEYS[1]}\n")
-    assert read_api_keys(file, {}) == KEYS
-    assert read_api_keys(None, {KEYS_VARIABLE: " a, b,"}) == ["a", "b"]
-    assert read_api_keys(file, {KEYS_VARIABLE: "a"}) == ["a", *KEYS]
+    in_file = [ApiKey(key) for key in KEYS]
+    assert read_api_keys(file, {}) == in_file
+    assert read_api_keys(None, {KEYS_VARIABLE: " a, b,"}) == [ApiKey("a"), ApiKey("b")]
+    assert read_api_keys(file, {KEYS_VARIABLE: "a"}) == [ApiKey("a"), *in_file]
     assert read_api_keys(None, {}) == []
+
+
+def test_a_key_may_be_marked_as_an_operators(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text(f"{KEY}\n{KEYS[1]}  admin # mine\n")
+    assert read_api_keys(file, {}) == [ApiKey(KEY), ApiKey(KEYS[1], is_admin=True)]
+    marked = read_api_keys(None, {KEYS_VARIABLE: "a admin, b"})
+    assert marked == [ApiKey("a", is_admin=True), ApiKey("b")]
+    assert KEYS[1] not in repr(read_api_keys(file, {}))
 
 
 @pytest.mark.parametrize(
@@ -188,6 +200,7 @@ def test_keys_come_from_a_file_and_the_environment(tmp_path: Path) -> None:
         (b"", "holds no API key"),
         (b"# none\n", "holds no API key"),
         (b"good\nsecret word\n", "line 2 of .* is no key"),
+        (b"secret admin admin\n", "line 1 of .* is no key"),
         (b"\xff", "cannot read the API keys"),
         (None, "cannot read the API keys"),
     ],

@@ -12,7 +12,7 @@ from anthropic.types import Message
 
 from cluster.errors import HeadUnavailableError
 from cluster.ingress import anthropic as door
-from cluster.ingress.auth import Access
+from cluster.ingress.auth import Access, ApiKey
 from cluster.ingress.tool_calls import CallDelta
 from tests.api_fakes import (
     CHAT,
@@ -362,7 +362,7 @@ def test_a_schema_becomes_a_grammar(api: Api) -> None:
 
 
 def test_a_wrong_key_is_refused_in_anthropics_words(api: Api) -> None:
-    api.admit(Access.with_keys(["sesame"], allow_open=False, allowed_origins=()))
+    api.admit(Access.with_keys([ApiKey("sesame")], allow_open=False, allowed_origins=()))
     assert create(api).content  # the client sends its key as x-api-key
     assert "no API key" in assert_refused(api, asked({}), 401, "authentication_error")
 
