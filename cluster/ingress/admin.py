@@ -8,9 +8,10 @@ from fastapi import APIRouter, Depends, Request
 
 from cluster.errors import RequestError
 from cluster.ingress.auth import Access, came_by_loopback, key_in
+from cluster.log import RequestLogger
 from cluster.schema import RebalanceRequest, Rebalancing
 
-logger = logging.getLogger(__name__)
+logger = RequestLogger(logging.getLogger(__name__))
 
 WAIT_S = 30.0
 """How long a plan may take. Planning takes seconds; a controller that starts anew, much longer."""

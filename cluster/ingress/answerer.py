@@ -15,6 +15,7 @@ from cluster.ingress.limits import ConcurrencyLimit
 from cluster.ingress.merge import merge
 from cluster.ingress.prepare import ApiSettings, Preparer, Work
 from cluster.ingress.text import AnswerText, TextDelta, generate_text, joined
+from cluster.log import RequestLogger
 from cluster.metrics import IngressMetrics
 from cluster.schema import (
     IGNORED,
@@ -27,7 +28,7 @@ from cluster.schema import (
 from model.chat import ChatFormat
 from model.tokenizer import Tokenizer
 
-logger = logging.getLogger(__name__)
+logger = RequestLogger(logging.getLogger(__name__))
 
 
 class Engine(Protocol):

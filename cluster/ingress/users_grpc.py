@@ -31,11 +31,12 @@ from cluster.ingress.errors import as_request_error
 from cluster.ingress.prepare import Work
 from cluster.ingress.request_log import HUNG_UP
 from cluster.ingress.text import TextDelta
+from cluster.log import RequestLogger, about_request
 from cluster.metrics import IngressMetrics
 from cluster.schema import ChatCompletionRequest, CompletionRequest, ModelRequest
 from protos import maestrale_pb2, maestrale_pb2_grpc
 
-logger = logging.getLogger(__name__)
+logger = RequestLogger(logging.getLogger(__name__))
 
 Body = TypeVar("Body", bound=ModelRequest)
 
@@ -183,9 +184,20 @@ class UsersDoor(maestrale_pb2_grpc.MaestraleServicer):
     ) -> None:
         """One call, with its id, which over HTTP Serve gives, and a line in the metrics."""
         given = dict(context.invocation_metadata() or ())
+        request_id = _request_id_of(given.get("x-request-id"))
+        with about_request(request_id):
+            await self._answer_named(context, method, work_for, given, request_id)
+
+    async def _answer_named(
+        self,
+        context: Any,
+        method: str,
+        work_for: Callable[[Callable[[ModelRequest], str]], Work],
+        given: dict[str, Any],
+        request_id: str,
+    ) -> None:
         started, status = time.perf_counter(), HUNG_UP
         try:
-            request_id = _request_id_of(given.get("x-request-id"))
             await context.send_initial_metadata((("x-request-id", request_id),))
             key = key_in(given)
             refused = self._access.refusal(key, self._is_local)
