@@ -83,7 +83,9 @@ def router(answerer: Answerer) -> APIRouter:
         answerer.prepare.check(body)
         answerer.note_ignored(body)
         with told_by(_NAMES):
-            work = answerer.chat(chat_request(body), client_of(request, body.metadata.user_id))
+            work = await answerer.chat(
+                chat_request(body), client_of(request, body.metadata.user_id)
+            )
         return await reply(
             request, answerer, work, MessagesReplies(work, answerer.settings.model_id)
         )
@@ -94,7 +96,8 @@ def router(answerer: Answerer) -> APIRouter:
         answerer.prepare.check(body)
         answerer.note_ignored(body)
         with told_by(_NAMES):
-            ids = answerer.prepare.chat_ids(chat_request(body))
+            chat = chat_request(body)
+            ids = await answerer.prepared(chat, lambda: answerer.prepare.chat_ids(chat))
         return TokenCount(input_tokens=len(ids))
 
     return routes

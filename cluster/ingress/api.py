@@ -111,19 +111,19 @@ class _Api:
 
     async def completions(self, body: CompletionRequest, request: Request) -> Response:
         """Continue one or several prompts."""
-        work = self._answerer.completion(body, _client_of(request, body))
+        work = await self._answerer.completion(body, _client_of(request, body))
         replies = CompletionReplies(work, self._settings.model_id, self._answerer.tokenizer)
         return await self._answer(request, work, replies)
 
     async def chat_completions(self, body: ChatCompletionRequest, request: Request) -> Response:
         """Answer a conversation."""
-        work = self._answerer.chat(body, _client_of(request, body))
+        work = await self._answerer.chat(body, _client_of(request, body))
         replies = ChatReplies(work, self._settings.model_id, self._answerer.tokenizer)
         return await self._answer(request, work, replies)
 
     async def classify(self, body: ClassifyRequest, request: Request) -> Response:
         """Label one or several texts."""
-        prompts = self._answerer.classification(body)
+        prompts = await self._answerer.classification(body)
         client = _client_of(request, body)
         logits = await unless_disconnected(request, self._answerer.classify(prompts, client))
         reply = classification(self._settings, prompts, logits, use_activation=body.use_activation)

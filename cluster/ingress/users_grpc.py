@@ -9,7 +9,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -152,12 +152,12 @@ class UsersDoor(maestrale_pb2_grpc.MaestraleServicer):
     ) -> None:
         """Continue a prompt."""
 
-        def work(client: Callable[[ModelRequest], str]) -> Work:
+        async def work(client: Callable[[ModelRequest], str]) -> Work:
             fields = _fields(request)
             prompt = fields.pop(request.WhichOneof("prompt") or "", "")
             fields["prompt"] = prompt if isinstance(prompt, str) else prompt.get("token_ids", [])
             body = _checked(CompletionRequest, fields)
-            return self._answerer.completion(body, client(body))
+            return await self._answerer.completion(body, client(body))
 
         await self._answer(context, "Generate", work)
 
@@ -166,13 +166,13 @@ class UsersDoor(maestrale_pb2_grpc.MaestraleServicer):
     ) -> None:
         """Answer a conversation."""
 
-        def work(client: Callable[[ModelRequest], str]) -> Work:
+        async def work(client: Callable[[ModelRequest], str]) -> Work:
             fields = _fields(request)
             fields["messages"] = [
                 {"role": message.role, "content": message.content} for message in request.messages
             ]
             body = _checked(ChatCompletionRequest, fields)
-            return self._answerer.chat(body, client(body))
+            return await self._answerer.chat(body, client(body))
 
         await self._answer(context, "Chat", work)
 
@@ -180,7 +180,7 @@ class UsersDoor(maestrale_pb2_grpc.MaestraleServicer):
         self,
         context: Any,
         method: str,
-        work_for: Callable[[Callable[[ModelRequest], str]], Work],
+        work_for: Callable[[Callable[[ModelRequest], str]], Awaitable[Work]],
     ) -> None:
         """One call, with its id, which over HTTP Serve gives, and a line in the metrics."""
         given = dict(context.invocation_metadata() or ())
@@ -192,7 +192,7 @@ class UsersDoor(maestrale_pb2_grpc.MaestraleServicer):
         self,
         context: Any,
         method: str,
-        work_for: Callable[[Callable[[ModelRequest], str]], Work],
+        work_for: Callable[[Callable[[ModelRequest], str]], Awaitable[Work]],
         given: dict[str, Any],
         request_id: str,
     ) -> None:
@@ -204,7 +204,7 @@ class UsersDoor(maestrale_pb2_grpc.MaestraleServicer):
             if refused is not None:
                 raise refused
             bearer = None if key is None else f"Bearer {key}"
-            work = work_for(lambda body: client_key(bearer, body.user))
+            work = await work_for(lambda body: client_key(bearer, body.user))
             num_tokens = 0
             async with aclosing(self._answerer.deltas(work)) as deltas:
                 async for _, delta in deltas:
