@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 
 from cluster.ingress import anthropic, errors, responses, sse, tokens
 from cluster.ingress.answerer import Answerer, Engine
-from cluster.ingress.auth import ANYBODY, Access
+from cluster.ingress.auth import ANYBODY, Access, KeyCheck
 from cluster.ingress.classify import classification
 from cluster.ingress.clients import client_key
 from cluster.ingress.disconnect import unless_disconnected
@@ -69,7 +69,7 @@ def create_app(
     app.include_router(anthropic.router(answerer))
     errors.install(app)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
-    app.add_middleware(access.protect)
+    app.add_middleware(KeyCheck, access=access)
     app.add_middleware(RequestLog, metrics=metrics)
     app.add_middleware(access.tell_browsers)  # outermost: RequestLog answers, too
     return app

@@ -44,7 +44,9 @@ def read_api_keys(file: Path | None, environ: Mapping[str, str]) -> list[ApiKey]
     that cannot be read or holds none, and for what cannot be a key.
     """
     keys = []
-    for entry in filter(str.strip, environ.get(KEYS_VARIABLE, "").split(",")):
+    for entry in environ.get(KEYS_VARIABLE, "").split(","):
+        if not entry.strip():
+            continue
         key = _key_of(entry)
         if key is None:
             raise ConfigurationError(f"{KEYS_VARIABLE} holds something that is no key")
@@ -146,10 +148,6 @@ class Access:
             f"{_ADMIN}; a server without keys answers it on loopback only",
             kind="permission_error",
         )
-
-    def protect(self, app: ASGIApp) -> ASGIApp:
-        """The app behind the check of keys."""
-        return KeyCheck(app, access=self)
 
     def tell_browsers(self, app: ASGIApp) -> ASGIApp:
         """The app, with each of its answers marked as one that pages of allowed sites may read,
