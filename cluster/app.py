@@ -138,7 +138,7 @@ def check_access(config: ServeConfig, host: str) -> list[str]:
             f"{host} is not loopback, so anybody on the network could use the model: give keys "
             f"with --api-keys-file or {KEYS_VARIABLE}, or say --allow-open-http"
         )
-    return keys or [""]
+    return [key.text for key in keys] or [""]
 
 
 @contextmanager
@@ -220,19 +220,26 @@ def _wait_until_ready(client: Client, on_phase: OnPhase) -> None:
 def check_port(host: str, port: int, flag: str) -> None:
     """Raise ConfigurationError unless something can listen there. flag: what says otherwise."""
     try:
-        with socket.create_server((host, port)):
+        with socket.create_server((host, port), family=_family(host)):
             pass
     except OSError as error:
+        shown = f"[{host}]" if ":" in host else host
         raise ConfigurationError(
-            f"cannot listen on {host}:{port}: {error.strerror or error}; choose another with {flag}"
+            f"cannot listen on {shown}:{port}: {error.strerror or error}; "
+            f"choose another with {flag}"
         ) from error
 
 
 def free_port(host: str) -> int:
     """A port of `host` that nobody listens on now."""
-    with socket.create_server((host, 0)) as probe:
+    with socket.create_server((host, 0), family=_family(host)) as probe:
         port: int = probe.getsockname()[1]
         return port
+
+
+def _family(host: str) -> socket.AddressFamily:
+    """Of an address or a name to listen on; without being told, Python takes it for IPv4."""
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
 def _is_local(host: str) -> bool:

@@ -71,9 +71,9 @@ def generate(
                 "a server has its own"
             )
         pieces = _generate_there(prompt, url, {**sampling, "top_k": top_k})
-    console.print(prompt, end="", markup=False)
+    console.print(prompt, end="")
     for piece in pieces:
-        console.print(piece, end="", markup=False)
+        console.print(piece, end="")
     console.print()
 
 
@@ -184,7 +184,7 @@ def main() -> None:
     except (MaestraleError, ModelError) as error:
         if {"--verbose", "-v"} & set(sys.argv):
             raise
-        errors.print(f"error: {error}", style="red", markup=False)
+        errors.print(f"error: {error}", style="red")
         sys.exit(1)
 
 

@@ -188,9 +188,10 @@ class ServeConfig(BaseModel):
 
     api_keys_file: Path | None = None
     """File of keys, one a line, `#` begins a comment; callers of the HTTP API must show one, but
-    for /health and /ready. Further keys come from MAESTRALE_API_KEYS, with commas between. Read
-    when an ingress starts, which needs it at this path. None and no such variable: no key is
-    needed, and only callers on loopback are answered."""
+    for /health and /ready. Only a key with the word `admin` behind it may rebalance. Further keys
+    come from MAESTRALE_API_KEYS, with commas between. Read when an ingress starts, which needs it
+    at this path. None and no such variable: no key is needed, and only callers on loopback are
+    answered."""
     allow_open_http: bool = False
     """Without keys, answer anybody who can reach the HTTP port, knowingly."""
     allowed_origins: tuple[str, ...] = ()

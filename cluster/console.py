@@ -2,11 +2,13 @@
 
 import time
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from cluster.config import GIB, MIB
 from cluster.schema import Readiness, Rebalancing
@@ -16,8 +18,10 @@ if TYPE_CHECKING:
     from cluster.client import Client, Sample
     from model.inspect import Inspection
 
-console = Console(highlight=False, soft_wrap=True)
-errors = Console(highlight=False, soft_wrap=True, stderr=True)
+# What is shown holds paths, addresses and models' words: brackets and colons in them are no markup.
+_console = partial(Console, highlight=False, soft_wrap=True, markup=False, emoji=False)
+console = _console()
+errors = _console(stderr=True)
 
 STORY_PROMPT = "Once upon a time"
 # A story that ends well. In float32 it is the same on every machine.
@@ -110,7 +114,8 @@ class ProgressLines:
         self.line(f"{phase}, {percent} %" if percent else phase)
 
     def line(self, text: str) -> None:
-        console.print(f"[dim]{time.monotonic() - self._started:6.1f} s[/dim]  {text}")
+        elapsed = f"{time.monotonic() - self._started:6.1f} s"
+        console.print(Text.assemble((elapsed, "dim"), f"  {text}"))
 
 
 def print_placement(readiness: Readiness) -> None:
@@ -158,7 +163,7 @@ def tell_story(client: "Client", max_tokens: int) -> None:
         for chunk in chunks:
             first = first or time.perf_counter() - started
             for choice in chunk.choices:
-                console.print(choice.text, end="", markup=False)
+                console.print(choice.text, end="")
             if chunk.usage is not None:
                 num_tokens = chunk.usage.completion_tokens
     took = time.perf_counter() - started

@@ -1,9 +1,15 @@
-"""Logging of the processes we start ourselves (Ray and Serve set up their own); rare warnings."""
+"""Logging of the processes we start ourselves (Ray and Serve set up their own); lines about
+requests; rare warnings.
+"""
 
 import logging
+import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
 
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
@@ -14,6 +20,34 @@ def set_up(*, verbose: bool) -> None:
     if verbose:
         for package in ("cluster", "model"):
             logging.getLogger(package).setLevel(logging.INFO)
+
+
+_request_id: ContextVar[str] = ContextVar("request_id", default="")
+_MAX_ID_CHARS = 128
+_INSANE = re.compile(r"[^A-Za-z0-9._-]")
+
+
+@contextmanager
+def about_request(request_id: str) -> Iterator[None]:
+    """Within, also in tasks that begin there, lines of RequestLoggers name this request.
+
+    request_id: may be anything that a caller thought of.
+    """
+    token = _request_id.set(_INSANE.sub("?", request_id[:_MAX_ID_CHARS]))
+    try:
+        yield
+    finally:
+        _request_id.reset(token)
+
+
+class RequestLogger(logging.LoggerAdapter[logging.Logger]):
+    """Writes lines about a request, with its X-Request-Id in front where it is known."""
+
+    def process(
+        self, msg: Any, kwargs: MutableMapping[str, Any]
+    ) -> tuple[Any, MutableMapping[str, Any]]:
+        request_id = _request_id.get()
+        return (f"request {request_id}: {msg}" if request_id else msg), kwargs
 
 
 class RareWarnings:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -86,6 +87,8 @@ def http(
         raise ConfigurationError("--requests and --duration exclude each other")
     if duration is not None and not 0 < duration < float("inf"):
         raise ConfigurationError(f"--duration {duration} is no number of seconds above 0")
+    num_requests = None if duration is not None else requests or 100
+    loads: Sequence[float] = _callers(concurrency, num_requests) if rate is None else _numbers(rate)
     _check_writable(json_file, html)
     output_lengths = Lengths.parse(output_tokens)
     jobs = (
@@ -98,8 +101,8 @@ def http(
     plan = bench.Plan(
         jobs=jobs,
         is_open=rate is not None,
-        loads=_numbers(rate) if rate is not None else _integers(concurrency or "8"),
-        num_requests=None if duration is not None else requests or 100,
+        loads=loads,
+        num_requests=num_requests,
         duration_s=duration,
         num_warmup=warmup,
         limits=Limits.parse(goodput),
@@ -115,11 +118,11 @@ def http(
         environ=os.environ,
     )
     run = asyncio.run(measuring)
-    console.print(heading(run), markup=False)
+    console.print(heading(run))
     console.print(rates(run).as_rich())
     console.print(times(run).as_rich())
     for line in notes(run):
-        console.print(line, style="yellow", markup=False)
+        console.print(line, style="yellow")
     _write_json(json_file, as_json(run))
     if html is not None:
         _write(html, page(run))
@@ -236,6 +239,22 @@ def dispatch(
     _write_json(json_file, as_json(found))
 
 
+def _callers(concurrency: str | None, num_requests: int | None) -> Sequence[float]:
+    """How many ask at a time, of each load. Raises ConfigurationError where some would never ask.
+
+    num_requests: of each load; None for as many as come.
+    """
+    if concurrency is None:
+        return [min(8, num_requests or 8)]
+    numbers = _integers(concurrency)
+    if num_requests is not None and max(numbers) > num_requests:
+        raise ConfigurationError(
+            f"{num_requests} requests cannot keep {max(numbers)} callers busy: raise --requests "
+            "or lower --concurrency"
+        )
+    return numbers
+
+
 def _numbers(text: str) -> list[float]:
     """Numbers above 0, separated by commas."""
     try:
@@ -270,7 +289,11 @@ def _read(file: Path) -> str:
 def _check_writable(*files: Path | None) -> None:
     """Raise ConfigurationError now rather than when the numbers are there."""
     for file in files:
-        if file is not None and not os.access(file if file.exists() else file.parent, os.W_OK):
+        if file is None:
+            continue
+        if file.is_dir():
+            raise ConfigurationError(f"cannot write {file}: it is a folder")
+        if not os.access(file if file.exists() else file.parent, os.W_OK):
             raise ConfigurationError(f"cannot write {file}")
 
 

@@ -4,12 +4,14 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Depends, Request
 
 from cluster.errors import RequestError
+from cluster.ingress.auth import Access, came_by_loopback, key_in
+from cluster.log import RequestLogger
 from cluster.schema import RebalanceRequest, Rebalancing
 
-logger = logging.getLogger(__name__)
+logger = RequestLogger(logging.getLogger(__name__))
 
 WAIT_S = 30.0
 """How long a plan may take. Planning takes seconds; a controller that starts anew, much longer."""
@@ -18,9 +20,16 @@ Rebalance = Callable[[bool], Awaitable[Rebalancing | None]]
 """Whether only to say what would move; returns that, or None while nothing is placed yet."""
 
 
-def router(rebalance: Rebalance) -> APIRouter:
-    """POST /admin/rebalance."""
-    routes = APIRouter()
+def router(rebalance: Rebalance, access: Access) -> APIRouter:
+    """POST /admin/rebalance, for those whom `access` lets change the cluster."""
+
+    async def check(request: Request) -> None:
+        key = key_in(request.headers)
+        refusal = access.admin_refusal(key, came_by_loopback(request.scope))
+        if refusal is not None:
+            raise refusal
+
+    routes = APIRouter(dependencies=[Depends(check)])
 
     @routes.post("/admin/rebalance", response_model=Rebalancing)
     async def admin_rebalance(body: RebalanceRequest) -> Rebalancing:

@@ -3,10 +3,11 @@
 Knows schema, text and the engine behind it; knows no HTTP and no protocol's replies.
 """
 
+import asyncio
 import logging
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from cluster.errors import RequestError
 from cluster.ingress.classify import classify_all
@@ -14,7 +15,9 @@ from cluster.ingress.journal import Journal
 from cluster.ingress.limits import ConcurrencyLimit
 from cluster.ingress.merge import merge
 from cluster.ingress.prepare import ApiSettings, Preparer, Work
+from cluster.ingress.prompts import is_long
 from cluster.ingress.text import AnswerText, TextDelta, generate_text, joined
+from cluster.log import RequestLogger
 from cluster.metrics import IngressMetrics
 from cluster.schema import (
     IGNORED,
@@ -27,7 +30,9 @@ from cluster.schema import (
 from model.chat import ChatFormat
 from model.tokenizer import Tokenizer
 
-logger = logging.getLogger(__name__)
+logger = RequestLogger(logging.getLogger(__name__))
+
+T = TypeVar("T")
 
 
 class Engine(Protocol):
@@ -85,20 +90,31 @@ class Answerer:
         self._limit = ConcurrencyLimit(settings.max_concurrent_requests)
         metrics.in_progress.set_function(lambda: self._limit.num_open)
 
-    def completion(self, body: CompletionRequest, client: str) -> Work:
+    async def completion(self, body: CompletionRequest, client: str) -> Work:
         """Work of a plain completion; client is who asks. Raises RequestError, SamplingError."""
         self._check(body)
-        return self.prepare.completion(body, client)
+        return await self.prepared(body, lambda: self.prepare.completion(body, client))
 
-    def chat(self, body: ChatCompletionRequest, client: str) -> Work:
+    async def chat(self, body: ChatCompletionRequest, client: str) -> Work:
         """Work of a chat completion; client is who asks. Raises RequestError, SamplingError."""
         self._check(body)
-        return self.prepare.chat(body, client)
+        return await self.prepared(body, lambda: self.prepare.chat(body, client))
 
-    def classification(self, body: ClassifyRequest) -> list[Sequence[int]]:
+    async def classification(self, body: ClassifyRequest) -> list[Sequence[int]]:
         """Ids of what is to be classified. Raises RequestError."""
         self._check(body)
-        return self.prepare.classification(body)
+        return await self.prepared(body, lambda: self.prepare.classification(body))
+
+    async def prepared(self, body: ModelRequest, prepare: Callable[[], T]) -> T:
+        """What `prepare` makes of a body. Raises what it raises, and RequestError.
+
+        A long one holds a place meanwhile, so that overload costs nothing, and a thread instead of
+        the event loop, which all streams share.
+        """
+        if not is_long(body):
+            return prepare()
+        with self._limit.slot():
+            return await asyncio.to_thread(prepare)
 
     async def deltas(self, work: Work) -> AsyncGenerator[tuple[int, TextDelta], None]:
         """What is new of any choice as it comes, with the choice's index; each choice's last has

@@ -83,19 +83,22 @@ def router(answerer: Answerer) -> APIRouter:
         answerer.prepare.check(body)
         answerer.note_ignored(body)
         with told_by(_NAMES):
-            work = answerer.chat(chat_request(body), client_of(request, body.metadata.user_id))
+            work = await answerer.chat(
+                chat_request(body), client_of(request, body.metadata.user_id)
+            )
         return await reply(
             request, answerer, work, MessagesReplies(work, answerer.settings.model_id)
         )
 
     @routes.post(f"{ANTHROPIC_PATH}/count_tokens", responses=_ERRORS, tags=[TOKENS])
     async def count_tokens(body: CountTokensRequest) -> TokenCount:
-        """How many tokens a conversation is, template included."""
+        """How many tokens a conversation is, template included; also one beyond the context."""
         answerer.prepare.check(body)
         answerer.note_ignored(body)
         with told_by(_NAMES):
-            work = answerer.prepare.chat(chat_request(body), client="")
-        return TokenCount(input_tokens=work.usage(0).prompt_tokens)
+            chat = chat_request(body)
+            ids = await answerer.prepared(chat, lambda: answerer.prepare.chat_ids(chat))
+        return TokenCount(input_tokens=len(ids))
 
     return routes
 

@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 
 from cluster.ingress import anthropic, errors, responses, sse, tokens
 from cluster.ingress.answerer import Answerer, Engine
-from cluster.ingress.auth import ANYBODY, Access
+from cluster.ingress.auth import ANYBODY, Access, KeyCheck
 from cluster.ingress.classify import classification
 from cluster.ingress.clients import client_key
 from cluster.ingress.disconnect import unless_disconnected
@@ -69,8 +69,9 @@ def create_app(
     app.include_router(anthropic.router(answerer))
     errors.install(app)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
-    app.add_middleware(access.protect)
+    app.add_middleware(KeyCheck, access=access)
     app.add_middleware(RequestLog, metrics=metrics)
+    app.add_middleware(access.tell_browsers)  # outermost: RequestLog answers, too
     return app
 
 
@@ -110,19 +111,19 @@ class _Api:
 
     async def completions(self, body: CompletionRequest, request: Request) -> Response:
         """Continue one or several prompts."""
-        work = self._answerer.completion(body, _client_of(request, body))
+        work = await self._answerer.completion(body, _client_of(request, body))
         replies = CompletionReplies(work, self._settings.model_id, self._answerer.tokenizer)
         return await self._answer(request, work, replies)
 
     async def chat_completions(self, body: ChatCompletionRequest, request: Request) -> Response:
         """Answer a conversation."""
-        work = self._answerer.chat(body, _client_of(request, body))
+        work = await self._answerer.chat(body, _client_of(request, body))
         replies = ChatReplies(work, self._settings.model_id, self._answerer.tokenizer)
         return await self._answer(request, work, replies)
 
     async def classify(self, body: ClassifyRequest, request: Request) -> Response:
         """Label one or several texts."""
-        prompts = self._answerer.classification(body)
+        prompts = await self._answerer.classification(body)
         client = _client_of(request, body)
         logits = await unless_disconnected(request, self._answerer.classify(prompts, client))
         reply = classification(self._settings, prompts, logits, use_activation=body.use_activation)

@@ -24,32 +24,62 @@ OPEN_PATHS = ("/health", "/ready")
 """For probes, which have no key and learn no secret."""
 
 _KEY = re.compile(r"[A-Za-z0-9._~+/=-]+")  # what a bearer token may consist of (RFC 6750)
+_ADMIN = "admin"
 
 
-def read_api_keys(file: Path | None, environ: Mapping[str, str]) -> list[str]:
+@dataclass(frozen=True)
+class ApiKey:
+    """A key as its operator gives it out."""
+
+    text: str = field(repr=False)
+    is_admin: bool = False
+    """Whether it may also be used to change the cluster."""
+
+
+def read_api_keys(file: Path | None, environ: Mapping[str, str]) -> list[ApiKey]:
     """The keys of a file (one a line, `#` begins a comment), or of MAESTRALE_API_KEYS (commas).
 
+    The word `admin` behind a key marks one that may also change the cluster.
     Both together where both are given. Raises ConfigurationError, which shows no key, for a file
     that cannot be read or holds none, and for what cannot be a key.
     """
-    keys = [key.strip() for key in environ.get(KEYS_VARIABLE, "").split(",") if key.strip()]
-    if not all(map(_KEY.fullmatch, keys)):
-        raise ConfigurationError(f"{KEYS_VARIABLE} holds something that is no key")
+    keys = []
+    for entry in environ.get(KEYS_VARIABLE, "").split(","):
+        if not entry.strip():
+            continue
+        key = _key_of(entry)
+        if key is None:
+            raise ConfigurationError(f"{KEYS_VARIABLE} holds something that is no key")
+        keys.append(key)
     if file is None:
         return keys
     try:
         lines = file.expanduser().read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"cannot read the API keys in {file}: {error}") from error
-    in_file = [line.partition("#")[0].strip() for line in lines]
-    for number, key in enumerate(in_file, start=1):
-        if key and not _KEY.fullmatch(key):
+    in_file = []
+    for number, line in enumerate(lines, start=1):
+        entry = line.partition("#")[0]
+        if not entry.strip():
+            continue
+        key = _key_of(entry)
+        if key is None:
             raise ConfigurationError(
-                f"line {number} of {file} is no key: letters, digits and . _ ~ + / = - only"
+                f"line {number} of {file} is no key: letters, digits and . _ ~ + / = - only, "
+                f"and then perhaps the word {_ADMIN}"
             )
-    if not any(in_file):
+        in_file.append(key)
+    if not in_file:
         raise ConfigurationError(f"{file} holds no API key")
-    return keys + [key for key in in_file if key]
+    return keys + in_file
+
+
+def _key_of(entry: str) -> ApiKey | None:
+    """What a line gives, or None if that is no key."""
+    key, *marks = entry.split()
+    if not _KEY.fullmatch(key) or marks not in ([], [_ADMIN]):
+        return None
+    return ApiKey(key, is_admin=bool(marks))
 
 
 @dataclass(frozen=True)
@@ -58,6 +88,8 @@ class Access:
 
     digests: tuple[bytes, ...] = field(default=(), repr=False)
     """Of the keys; none: no key is needed."""
+    admin_digests: tuple[bytes, ...] = field(default=(), repr=False)
+    """Of those that may change the cluster."""
     allow_open: bool = True
     """Without keys, answer also those who come from a network."""
     allowed_origins: tuple[str, ...] = ()
@@ -65,18 +97,15 @@ class Access:
 
     @classmethod
     def with_keys(
-        cls, keys: list[str], *, allow_open: bool, allowed_origins: tuple[str, ...]
+        cls, keys: list[ApiKey], *, allow_open: bool, allowed_origins: tuple[str, ...]
     ) -> "Access":
         """Only these keys, or anybody where there is none."""
-        return cls(tuple(map(_digest, keys)), allow_open, allowed_origins)
-
-    def knows(self, key: str) -> bool:
-        """Whether this is one of the keys, in a time that does not tell how near it came."""
-        given = _digest(key)
-        is_known = False
-        for digest in self.digests:
-            is_known |= compare_digest(given, digest)
-        return is_known
+        return cls(
+            tuple(_digest(key.text) for key in keys),
+            tuple(_digest(key.text) for key in keys if key.is_admin),
+            allow_open,
+            allowed_origins,
+        )
 
     def refusal(self, key: str | None, is_local: bool) -> RequestError | None:
         """Why a caller with this key may not use it, or None.
@@ -92,7 +121,7 @@ class Access:
                 f"must set api_keys_file, {KEYS_VARIABLE} or allow_open_http",
                 kind="permission_error",
             )
-        if key is not None and self.knows(key):
+        if key is not None and _is_among(key, self.digests):
             return None
         return RequestError(
             401,
@@ -104,13 +133,30 @@ class Access:
             headers={"WWW-Authenticate": "Bearer"},
         )
 
-    def protect(self, app: ASGIApp) -> ASGIApp:
-        """The app behind the check of keys, and that behind the answers to browsers."""
-        checked = KeyCheck(app, access=self)
+    def admin_refusal(self, key: str | None, is_local: bool) -> RequestError | None:
+        """Why a caller with this key, who may use the API, may not change the cluster, or None.
+
+        `allow_open` opens the model to a network, not the cluster. is_local: as for `refusal`.
+        """
+        if is_local and not self.digests:
+            return None
+        if key is not None and _is_among(key, self.admin_digests):
+            return None
+        return RequestError(
+            403,
+            "this changes the cluster and needs an API key that its operator has marked as "
+            f"{_ADMIN}; a server without keys answers it on loopback only",
+            kind="permission_error",
+        )
+
+    def tell_browsers(self, app: ASGIApp) -> ASGIApp:
+        """The app, with each of its answers marked as one that pages of allowed sites may read,
+        whatever it tells; preflights are answered here.
+        """
         if not self.allowed_origins:
-            return checked
+            return app
         return CORSMiddleware(
-            checked,
+            app,
             allow_origins=self.allowed_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],  # SDKs send many of their own
@@ -136,7 +182,9 @@ class KeyCheck:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             key = key_in(Headers(scope=scope))
-            refusal = None if _is_open(scope) else self._access.refusal(key, _is_local(scope))
+            refusal = (
+                None if _is_open(scope) else self._access.refusal(key, came_by_loopback(scope))
+            )
             if refusal is not None:
                 await error_response(refusal, scope["path"])(scope, receive, send)
                 return
@@ -161,13 +209,22 @@ def _is_open(scope: Scope) -> bool:
     return path.rstrip("/") in OPEN_PATHS
 
 
-def _is_local(scope: Scope) -> bool:
+def came_by_loopback(scope: Scope) -> bool:
     """Whether the request came in at a loopback address of ours."""
     host = (scope.get("server") or ("",))[0]
     try:
         return is_loopback(host)
     except ValueError:
         return False
+
+
+def _is_among(key: str, digests: tuple[bytes, ...]) -> bool:
+    """Whether a key has one of the digests, in a time that does not tell how near it came."""
+    given = _digest(key)
+    is_among = False
+    for digest in digests:
+        is_among |= compare_digest(given, digest)
+    return is_among
 
 
 def _digest(key: str) -> bytes:

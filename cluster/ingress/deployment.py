@@ -92,7 +92,7 @@ class Ingress:
             beside=grpc_door(config, metrics, access),
         )
 
-        self._app.include_router(admin.router(controller.rebalance.remote))
+        self._app.include_router(admin.router(controller.rebalance.remote, access))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._app

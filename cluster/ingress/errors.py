@@ -11,11 +11,12 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from cluster.errors import HeadUnavailableError, RequestError
+from cluster.log import RequestLogger
 from cluster.schema import ErrorBody, ErrorDetail
 from cluster.schema.anthropic import AnthropicError, AnthropicErrorDetail
 from model.errors import PromptError, SamplingError
 
-logger = logging.getLogger(__name__)
+logger = RequestLogger(logging.getLogger(__name__))
 
 UNFINISHED = "no head replica could finish the request; try again later"
 """What a caller is told then; why is the operator's to know: it names hosts and their errors."""

@@ -17,10 +17,12 @@ from cluster.ingress.choice import block_keys, cost
 from cluster.ingress.connection import HeadConnection, OpenChannel
 from cluster.ingress.journal import Journal
 from cluster.ingress.tries import Tries
+from cluster.log import RequestLogger
 from cluster.metrics import IngressMetrics
 from cluster.placement import HeadInfo
 
 logger = logging.getLogger(__name__)
+request_logger = RequestLogger(logger)
 
 RECONNECT_S = 0.1
 """Pause before a head is called again whose stream broke: perhaps only the connection did."""
@@ -136,7 +138,7 @@ class HeadPool:
         """Note that a head did not finish a request; raises when that was the last try."""
         cause = tries.again_after(error, head.head)
         self._metrics.observe_replay(cause)
-        logger.info("another head goes on with a request: %s", error)
+        request_logger.info("another head goes on with it: %s", error)
 
     async def _chosen(self, ids: Sequence[int], salt: str, tries: Tries) -> HeadConnection:
         """The head that a request with these known ids should go to; waits until there is one.

@@ -131,13 +131,10 @@ class Preparer:
     def chat(self, body: ChatCompletionRequest, client: str) -> Work:
         """Work of a chat completion; client is who asks. Raises RequestError, SamplingError."""
         use = tool_use(body, self._chat)
-        ids = self._read.chat_ids(
-            body.messages, body, shown=use.shown, calls_tools=use.grammar is not None
-        )
         return self._work(
             body,
             client,
-            [ids],
+            [self._chat_ids(body, use)],
             echoes=None,
             continues_text=body.continue_final_message,
             max_tokens=body.max_completion_tokens or body.max_tokens,
@@ -145,6 +142,13 @@ class Preparer:
             num_prompt_logprobs=body.prompt_logprobs,
             use=use,
         )
+
+    def chat_ids(self, body: ChatCompletionRequest) -> tuple[int, ...]:
+        """Ids of the prompt of a chat completion, also where the context does not hold them.
+
+        Raises RequestError, also for more characters than could be tokens of the context.
+        """
+        return self._chat_ids(body, tool_use(body, self._chat))
 
     def tokens(self, body: TokenizeRequest) -> tuple[int, ...]:
         """Ids of a text or a conversation. Raises RequestError."""
@@ -216,6 +220,11 @@ class Preparer:
         if not classifies and isinstance(body, ClassifyRequest):
             message = f"{model_id} generates and has no score head to classify with"
             raise RequestError(400, message, param="model", code="unsupported")
+
+    def _chat_ids(self, body: ChatCompletionRequest, use: ToolUse) -> tuple[int, ...]:
+        return self._read.chat_ids(
+            body.messages, body, shown=use.shown, calls_tools=use.grammar is not None
+        )
 
     def _check_supported(self, body: ModelRequest) -> None:
         self.check_model(body.model)

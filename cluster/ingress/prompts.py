@@ -4,7 +4,10 @@ Knows schema and text; knows no sampling and no engine. Every refusal is a Reque
 """
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
+
+from pydantic import BaseModel
 
 from cluster.errors import RequestError
 from cluster.ingress.tools import conversation
@@ -12,6 +15,10 @@ from cluster.schema import ChatMessage, Rendering
 from model.chat import RESERVED, ChatFormat
 from model.errors import PromptError
 from model.tokenizer import Tokenizer
+
+LONG = 4_096
+"""Characters of texts, and other items, of a body that is long: tokenising so many takes
+milliseconds, in which no stream goes on where the event loop does it."""
 
 
 class PromptReader:
@@ -56,7 +63,7 @@ class PromptReader:
         return prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt)
 
     def _check_length(self, num_characters: int, param: str) -> None:
-        """Refuse what is too long whatever its tokens, before the event loop counts them."""
+        """Refuse what is too long whatever its tokens, before anybody counts them."""
         context = self._max_model_len
         if num_characters > context * self._tokenizer.longest_piece:
             raise RequestError(
@@ -104,6 +111,28 @@ class PromptReader:
         except PromptError as error:
             raise RequestError(400, str(error), param="messages") from error
         return tuple(ids)
+
+
+def is_long(body: BaseModel) -> bool:
+    """Whether it could take long to make prompts of a body; looks at LONG items at most."""
+    num_left = LONG
+    waiting: list[Any] = [body]
+    while waiting and num_left > 0:
+        match waiting.pop():
+            case str() as text:
+                num_left -= len(text)
+            case BaseModel() as part:
+                waiting += part.__dict__.values()
+            case dict() as fields:
+                num_left -= len(fields)
+                waiting += islice(fields, LONG)
+                waiting += islice(fields.values(), LONG)
+            case list() | tuple() as items:
+                num_left -= len(items)
+                waiting += islice(items, LONG)
+            case _:
+                num_left -= 1
+    return num_left <= 0
 
 
 def prompts_of(

@@ -1,14 +1,17 @@
-"""Per request: a count and a time in the metrics, and an answer when nothing else gave one. ASGI
-middleware, the outermost of ours.
+"""Per request: a name in the log, a count and a time in the metrics, and an answer when nothing
+else gave one. ASGI middleware, the outermost of ours but for what tells browsers that they may read
+the answer.
 
 The reply's X-Request-Id is not ours to give: Serve's proxy puts one on every reply.
 """
 
 import time
 
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.ingress.errors import error_response
+from cluster.log import about_request
 from cluster.metrics import IngressMetrics
 
 HUNG_UP = 499
@@ -16,7 +19,7 @@ HUNG_UP = 499
 
 
 class RequestLog:
-    """Observes every request, and answers those that failed unexpectedly."""
+    """Names and observes every request, and answers those that failed unexpectedly."""
 
     def __init__(self, app: ASGIApp, *, metrics: IngressMetrics) -> None:
         self._app = app
@@ -26,6 +29,11 @@ class RequestLog:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        # Serve's proxy gives an id to those that come without
+        with about_request(Headers(scope=scope).get("x-request-id", "")):
+            await self._observe(scope, receive, send)
+
+    async def _observe(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = time.perf_counter()
         status = HUNG_UP  # what it stays when the caller does so before an answer
         is_gone = False

@@ -81,7 +81,7 @@ def router(answerer: Answerer) -> APIRouter:
         answerer.prepare.check(body)
         answerer.note_ignored(body)
         with told_by(_NAMES):
-            work = answerer.chat(chat_request(body), client_of(request, body.user))
+            work = await answerer.chat(chat_request(body), client_of(request, body.user))
         replies = ResponsesReplies(body, work, answerer.settings.model_id)
         return await reply(request, answerer, work, replies)
 

@@ -44,7 +44,8 @@ class _Tokens:
 
     async def tokenize(self, body: TokenizeRequest) -> Tokens:
         """Token ids of a text or a conversation, as a prompt of them would have."""
-        ids = self._answerer.prepare.tokens(body)
+        prepare = self._answerer.prepare
+        ids = await self._answerer.prepared(body, lambda: prepare.tokens(body))
         self._answerer.note_ignored(body)
         return Tokens(
             count=len(ids),
@@ -55,7 +56,8 @@ class _Tokens:
 
     async def detokenize(self, body: DetokenizeRequest) -> Text:
         """Text of token ids; control tokens have none."""
-        text = self._answerer.prepare.text(body)
+        prepare = self._answerer.prepare
+        text = await self._answerer.prepared(body, lambda: prepare.text(body))
         self._answerer.note_ignored(body)
         return Text(prompt=text)
 

@@ -9,7 +9,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,11 +31,12 @@ from cluster.ingress.errors import as_request_error
 from cluster.ingress.prepare import Work
 from cluster.ingress.request_log import HUNG_UP
 from cluster.ingress.text import TextDelta
+from cluster.log import RequestLogger, about_request
 from cluster.metrics import IngressMetrics
 from cluster.schema import ChatCompletionRequest, CompletionRequest, ModelRequest
 from protos import maestrale_pb2, maestrale_pb2_grpc
 
-logger = logging.getLogger(__name__)
+logger = RequestLogger(logging.getLogger(__name__))
 
 Body = TypeVar("Body", bound=ModelRequest)
 
@@ -110,8 +111,8 @@ async def serving(
     maestrale_pb2_grpc.add_MaestraleServicer_to_server(
         UsersDoor(answerer, metrics, access, is_local=is_loopback(_host_of(address))), server
     )
-    own_health = _Health(answerer)
-    health_pb2_grpc.add_HealthServicer_to_server(own_health, server)
+    told_health = _Health(answerer)
+    health_pb2_grpc.add_HealthServicer_to_server(told_health, server)
     names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)
     try:
@@ -127,7 +128,7 @@ async def serving(
     try:
         yield port
     finally:
-        own_health.end()
+        told_health.end()
         await server.stop(DRAIN_S)
 
 
@@ -152,12 +153,12 @@ class UsersDoor(maestrale_pb2_grpc.MaestraleServicer):
     ) -> None:
         """Continue a prompt."""
 
-        def work(client: Callable[[ModelRequest], str]) -> Work:
+        async def work(client: Callable[[ModelRequest], str]) -> Work:
             fields = _fields(request)
             prompt = fields.pop(request.WhichOneof("prompt") or "", "")
             fields["prompt"] = prompt if isinstance(prompt, str) else prompt.get("token_ids", [])
             body = _checked(CompletionRequest, fields)
-            return self._answerer.completion(body, client(body))
+            return await self._answerer.completion(body, client(body))
 
         await self._answer(context, "Generate", work)
 
@@ -166,13 +167,13 @@ class UsersDoor(maestrale_pb2_grpc.MaestraleServicer):
     ) -> None:
         """Answer a conversation."""
 
-        def work(client: Callable[[ModelRequest], str]) -> Work:
+        async def work(client: Callable[[ModelRequest], str]) -> Work:
             fields = _fields(request)
             fields["messages"] = [
                 {"role": message.role, "content": message.content} for message in request.messages
             ]
             body = _checked(ChatCompletionRequest, fields)
-            return self._answerer.chat(body, client(body))
+            return await self._answerer.chat(body, client(body))
 
         await self._answer(context, "Chat", work)
 
@@ -180,20 +181,31 @@ class UsersDoor(maestrale_pb2_grpc.MaestraleServicer):
         self,
         context: Any,
         method: str,
-        work_for: Callable[[Callable[[ModelRequest], str]], Work],
+        work_for: Callable[[Callable[[ModelRequest], str]], Awaitable[Work]],
     ) -> None:
         """One call, with its id, which over HTTP Serve gives, and a line in the metrics."""
         given = dict(context.invocation_metadata() or ())
+        request_id = _request_id_of(given.get("x-request-id"))
+        with about_request(request_id):
+            await self._answer_named(context, method, work_for, given, request_id)
+
+    async def _answer_named(
+        self,
+        context: Any,
+        method: str,
+        work_for: Callable[[Callable[[ModelRequest], str]], Awaitable[Work]],
+        given: dict[str, Any],
+        request_id: str,
+    ) -> None:
         started, status = time.perf_counter(), HUNG_UP
         try:
-            request_id = _request_id_of(given.get("x-request-id"))
             await context.send_initial_metadata((("x-request-id", request_id),))
             key = key_in(given)
             refused = self._access.refusal(key, self._is_local)
             if refused is not None:
                 raise refused
             bearer = None if key is None else f"Bearer {key}"
-            work = work_for(lambda body: client_key(bearer, body.user))
+            work = await work_for(lambda body: client_key(bearer, body.user))
             num_tokens = 0
             async with aclosing(self._answerer.deltas(work)) as deltas:
                 async for _, delta in deltas:
@@ -240,17 +252,15 @@ class _Parser(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # untyped
 
 
 class _Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # untyped
-    """The standard health service: serving when a head can answer, until the end. Owned by the
-    event loop.
-    """
+    """The standard health service: serving while a head can answer and the door is open."""
 
     def __init__(self, answerer: Answerer) -> None:
         self._answerer = answerer
-        self._is_ending = asyncio.Event()
+        self._ended = asyncio.Event()
 
     def end(self) -> None:
-        """Let the watchers go, told that nothing is served: by themselves they never would."""
-        self._is_ending.set()
+        """Serve no more: tell the watchers so, and let them go, for whom draining would wait."""
+        self._ended.set()
 
     async def Check(  # noqa: N802
         self, request: health_pb2.HealthCheckRequest, context: Any
@@ -273,14 +283,16 @@ class _Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # untyped
             if response != told:
                 await context.write(response)
                 told = response
+            if self._ended.is_set():
+                return
             with suppress(TimeoutError):
                 async with asyncio.timeout(HEALTH_PERIOD_S):
-                    await self._is_ending.wait()
+                    await self._ended.wait()
 
     def _response(self, service: str) -> health_pb2.HealthCheckResponse:
         if service not in ("", SERVICE):
             status = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
-        elif self._answerer.engine.readiness().ready and not self._is_ending.is_set():
+        elif self._answerer.engine.readiness().ready and not self._ended.is_set():
             status = health_pb2.HealthCheckResponse.SERVING
         else:
             status = health_pb2.HealthCheckResponse.NOT_SERVING

@@ -18,7 +18,7 @@ from cluster.config import ServeConfig
 from cluster.errors import ConfigurationError, HeadUnavailableError
 from cluster.ingress.answerer import Answerer
 from cluster.ingress.api import create_app
-from cluster.ingress.auth import Access
+from cluster.ingress.auth import Access, ApiKey
 from cluster.ingress.deployment import grpc_door
 from cluster.ingress.users_grpc import MAX_DETAILS, SERVICE, credentials_of, serving
 from cluster.security import identity_of
@@ -417,28 +417,29 @@ def test_watchers_of_the_health_are_told_of_a_change(api: Api, call: Call) -> No
     assert call(watch) == [NOT_SERVING, SERVING]
 
 
-def test_watchers_of_the_health_do_not_hold_up_the_end(api: Api, tiny_folder: Path) -> None:
-    async def stop_meanwhile() -> list[Any]:
-        answerer = Answerer(api.engine, *text_side(tiny_folder), api.settings, api.metrics)
-        door = AsyncExitStack()
-        port = await door.enter_async_context(serving(answerer, api.metrics, "127.0.0.1:0"))
-        async with (
-            grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel,
-            asyncio.timeout(DEADLINE_S),
-        ):
-            stub = health_pb2_grpc.HealthStub(channel)
-            told = aiter(stub.Watch(health_pb2.HealthCheckRequest()))
-            found = [(await anext(told)).status]
-            closing = asyncio.create_task(door.aclose())
-            found += [each.status async for each in told]
-            await closing
-            return found
+def test_watchers_of_the_health_are_told_of_the_end_and_do_not_hold_it_up(
+    api: Api, tiny_folder: Path
+) -> None:
+    answerer = Answerer(api.engine, *text_side(tiny_folder), api.settings, api.metrics)
 
-    assert asyncio.run(stop_meanwhile()) == [SERVING, NOT_SERVING]
+    async def watch() -> list[Any]:
+        async with asyncio.timeout(DEADLINE_S), AsyncExitStack() as door:
+            port = await door.enter_async_context(serving(answerer, api.metrics, "127.0.0.1:0"))
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+                health = health_pb2_grpc.HealthStub(channel)
+                watching = health.Watch(health_pb2.HealthCheckRequest())
+                found = [(await watching.read()).status]
+                closing = asyncio.create_task(door.aclose())
+                found.append((await watching.read()).status)
+                assert await watching.read() is grpc.aio.EOF
+                await closing
+        return found
+
+    assert asyncio.run(watch()) == [SERVING, NOT_SERVING]
 
 
 def test_a_key_is_asked_for_where_there_are_keys(api: Api, call: Call) -> None:
-    api.admit(Access.with_keys(["sesame"], allow_open=False, allowed_origins=()))
+    api.admit(Access.with_keys([ApiKey("sesame")], allow_open=False, allowed_origins=()))
     error = refusal(call, generate())
     assert error.code() == grpc.StatusCode.UNAUTHENTICATED
     assert "no API key" in (error.details() or "")

@@ -12,6 +12,7 @@ from cluster.client import Client
 from cluster.console import console, print_rebalancing
 from cluster.errors import APIStatusError
 from cluster.ingress import admin, errors
+from cluster.ingress.auth import Access, ApiKey
 from cluster.schema import Move, Rebalancing
 
 FOUND = Rebalancing(
@@ -23,7 +24,16 @@ FOUND = Rebalancing(
 )
 
 
-def app_of(answer: Rebalancing | Exception | None, asked: list[bool]) -> FastAPI:
+LOOPBACK = "http://127.0.0.1"
+NO_KEYS = Access(allow_open=True)
+KEYS = Access.with_keys(
+    [ApiKey("user"), ApiKey("operator", is_admin=True)], allow_open=False, allowed_origins=()
+)
+
+
+def app_of(
+    answer: Rebalancing | Exception | None, asked: list[bool], access: Access = NO_KEYS
+) -> FastAPI:
     """answer: of the controller; an exception is raised, a TimeoutError by never answering."""
 
     async def rebalance(dry_run: bool) -> Rebalancing | None:
@@ -35,13 +45,13 @@ def app_of(answer: Rebalancing | Exception | None, asked: list[bool]) -> FastAPI
         return answer
 
     app = FastAPI()
-    app.include_router(admin.router(rebalance))
+    app.include_router(admin.router(rebalance, access))
     errors.install(app)
     return app
 
 
 def client_of(answer: Rebalancing | Exception | None, asked: list[bool]) -> Client:
-    server = TestClient(app_of(answer, asked))
+    server = TestClient(app_of(answer, asked), base_url=LOOPBACK)
 
     def answer_to(request: httpx.Request) -> httpx.Response:
         reply = server.request(
@@ -49,7 +59,7 @@ def client_of(answer: Rebalancing | Exception | None, asked: list[bool]) -> Clie
         )
         return httpx.Response(reply.status_code, headers=reply.headers, content=reply.content)
 
-    return Client("http://testserver", transport=httpx.MockTransport(answer_to), max_retries=0)
+    return Client(LOOPBACK, transport=httpx.MockTransport(answer_to), max_retries=0)
 
 
 @pytest.mark.parametrize("dry_run", [True, False])
@@ -84,9 +94,38 @@ def test_without_a_controller_callers_are_told_to_come_back(
     assert "10.0.0.7" not in refused.value.response.text
 
 
+@pytest.mark.parametrize(
+    ("access", "host", "key", "status"),
+    [
+        (KEYS, "127.0.0.1", "operator", 200),
+        (KEYS, "10.1.2.3", "operator", 200),
+        (KEYS, "10.1.2.3", "user", 403),
+        (KEYS, "127.0.0.1", "user", 403),
+        (KEYS, "127.0.0.1", "guess", 403),
+        (KEYS, "127.0.0.1", None, 403),
+        (NO_KEYS, "127.0.0.1", None, 200),
+        (NO_KEYS, "127.0.0.1", "any", 200),
+        (NO_KEYS, "10.1.2.3", None, 403),
+    ],
+)
+def test_only_operators_change_the_cluster(
+    access: Access, host: str, key: str | None, status: int
+) -> None:
+    """Those with a key that is marked, or on loopback where there are no keys."""
+    asked: list[bool] = []
+    server = TestClient(app_of(FOUND, asked, access), base_url=f"http://{host}")
+    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+    reply = server.post("/admin/rebalance", json={"dry_run": False}, headers=headers)
+    assert reply.status_code == status
+    assert asked == ([False] if status == 200 else [])
+    if status == 403:
+        assert reply.json()["error"]["type"] == "permission_error"
+        assert "marked as admin" in reply.json()["error"]["message"]
+
+
 @pytest.mark.parametrize("key", ["k" * 100_000, "\ud800", "k\ud800" * 100_000])
 def test_an_unknown_key_is_told_short_and_readable(key: str) -> None:
-    server = TestClient(app_of(FOUND, []))
+    server = TestClient(app_of(FOUND, []), base_url=LOOPBACK)
     headers = {"Content-Type": "application/json"}
     content = json.dumps({key: 1})
     reply = server.post("/admin/rebalance", content=content, headers=headers)

@@ -164,6 +164,32 @@ def test_an_unexpected_error_in_a_stream_is_an_event_without_a_word_of_it(
     assert done == DONE
 
 
+@BOTH
+@EITHER_WAY
+@pytest.mark.parametrize(
+    ("headers", "named"),
+    [
+        ({"X-Request-Id": "req-7"}, "request req-7: "),
+        ({"X-Request-Id": "50%s <b>"}, "request 50?s??b?: "),
+        ({"X-Request-Id": "x" * 500}, f"request {'x' * 128}: "),
+        ({}, ""),
+    ],
+    ids=["named", "insane", "long", "unnamed"],
+)
+def test_lines_about_a_request_name_it(
+    api: Api,
+    path: str,
+    stream: bool,
+    headers: dict[str, str],
+    named: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    api.engine.script = fails_after(0, HeadUnavailableError("head-1 is gone"))
+    with caplog.at_level(logging.WARNING):
+        api.post(path, body_for(path, stream=stream), headers=headers)
+    assert f"{named}a request is answered with 503: head-1 is gone" in caplog.messages
+
+
 # --- callers that hang up ---
 
 

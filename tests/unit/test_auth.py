@@ -10,8 +10,17 @@ import pytest
 from cluster.app import check_access
 from cluster.config import ServeConfig
 from cluster.errors import ConfigurationError
-from cluster.ingress.auth import KEYS_VARIABLE, Access, read_api_keys
-from tests.api_fakes import BOTH, CLASSIFY, COMPLETIONS, Api, assert_error, body_for
+from cluster.ingress.auth import KEYS_VARIABLE, Access, ApiKey, read_api_keys
+from tests.api_fakes import (
+    BOTH,
+    CLASSIFY,
+    COMPLETIONS,
+    EITHER_WAY,
+    Api,
+    assert_error,
+    body_for,
+    fails_after,
+)
 
 KEY = "sk-first-key"
 KEYS = [KEY, "sk-second/key+="]
@@ -20,7 +29,9 @@ PREFLIGHT = {"Origin": ORIGIN, "Access-Control-Request-Method": "POST"}
 
 
 def access(*keys: str, allow_open: bool = False, origins: tuple[str, ...] = ()) -> Access:
-    return Access.with_keys(list(keys), allow_open=allow_open, allowed_origins=origins)
+    return Access.with_keys(
+        [ApiKey(key) for key in keys], allow_open=allow_open, allowed_origins=origins
+    )
 
 
 @pytest.fixture
@@ -167,10 +178,20 @@ def test_loopback_needs_no_keys(host: str, monkeypatch: pytest.MonkeyPatch) -> N
 def test_keys_come_from_a_file_and_the_environment(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text(f"# ours\n{KEY}  # the chat page\n\n  {KEYS[1]}\n")
-    assert read_api_keys(file, {}) == KEYS
-    assert read_api_keys(None, {KEYS_VARIABLE: " a, b,"}) == ["a", "b"]
-    assert read_api_keys(file, {KEYS_VARIABLE: "a"}) == ["a", *KEYS]
+    in_file = [ApiKey(key) for key in KEYS]
+    assert read_api_keys(file, {}) == in_file
+    assert read_api_keys(None, {KEYS_VARIABLE: " a, b,"}) == [ApiKey("a"), ApiKey("b")]
+    assert read_api_keys(file, {KEYS_VARIABLE: "a"}) == [ApiKey("a"), *in_file]
     assert read_api_keys(None, {}) == []
+
+
+def test_a_key_may_be_marked_as_an_operators(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text(f"{KEY}\n{KEYS[1]}  admin # mine\n")
+    assert read_api_keys(file, {}) == [ApiKey(KEY), ApiKey(KEYS[1], is_admin=True)]
+    marked = read_api_keys(None, {KEYS_VARIABLE: "a admin, b"})
+    assert marked == [ApiKey("a", is_admin=True), ApiKey("b")]
+    assert KEYS[1] not in repr(read_api_keys(file, {}))
 
 
 @pytest.mark.parametrize(
@@ -179,6 +200,7 @@ def test_keys_come_from_a_file_and_the_environment(tmp_path: Path) -> None:
         (b"", "holds no API key"),
         (b"# none\n", "holds no API key"),
         (b"good\nsecret word\n", "line 2 of .* is no key"),
+        (b"secret admin admin\n", "line 1 of .* is no key"),
         (b"\xff", "cannot read the API keys"),
         (None, "cannot read the API keys"),
     ],
@@ -227,6 +249,20 @@ def test_a_page_of_an_allowed_site_can_read_answers_and_refusals(api: Api) -> No
         assert allowed_origin(response) == ORIGIN
         for name in ("X-Request-Id", "Retry-After", "X-Resumed-Tokens"):
             assert name in response.headers["access-control-expose-headers"]
+
+
+@BOTH
+@EITHER_WAY
+def test_a_page_of_an_allowed_site_can_read_a_failure_of_ours(
+    api: Api, path: str, stream: bool
+) -> None:
+    api.admit(access(KEY, origins=(ORIGIN,)))
+    api.engine.script = fails_after(0, ValueError("unexpected"))
+    headers = {"Origin": ORIGIN, **bearer(KEY)}
+    response = api.post(path, body_for(path, stream=stream), headers=headers)
+    assert response.status_code == 500
+    assert allowed_origin(response) == ORIGIN
+    assert api.num_requests(path, 500) == 1
 
 
 def test_other_sites_and_by_default_all_are_kept_out(api: Api) -> None:

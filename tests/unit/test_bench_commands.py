@@ -25,6 +25,8 @@ def refusal(*flags: str) -> str:
         ("http --duration 0", "--duration"),
         ("http --concurrency 1.5", "whole numbers of at least 1"),
         ("http --concurrency 0", "whole numbers of at least 1"),
+        ("http --concurrency 1,8 --requests 7", "7 requests cannot keep 8 callers busy"),
+        ("http --concurrency 128", "100 requests cannot keep 128 callers busy"),
         ("http --rate nan", "numbers above 0"),
         ("http --rate 1,,2", "numbers above 0"),
         ("http --input-tokens few", "no length in tokens"),
@@ -50,3 +52,4 @@ def test_the_base_install_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) 
 def test_a_report_that_cannot_be_written_is_refused_before_the_load(tmp_path: Path) -> None:
     for flag in ("--json", "--html"):
         assert "cannot write" in refusal("http", flag, str(tmp_path / "nowhere" / "report"))
+        assert "it is a folder" in refusal("http", flag, str(tmp_path))

@@ -12,10 +12,11 @@ from anthropic.types import Message
 
 from cluster.errors import HeadUnavailableError
 from cluster.ingress import anthropic as door
-from cluster.ingress.auth import Access
+from cluster.ingress.auth import Access, ApiKey
 from cluster.ingress.tool_calls import CallDelta
 from tests.api_fakes import (
     CHAT,
+    CONTEXT,
     EOS,
     JSON,
     LOADING,
@@ -349,6 +350,16 @@ def test_counting_tells_what_the_message_costs(api: Api) -> None:
     assert api.engine.journals == []
 
 
+def test_a_conversation_beyond_the_context_is_counted(api: Api) -> None:
+    text = " ".join(["wind"] * CONTEXT)
+    body = {"model": MODEL_ID, "messages": [{"role": "user", "content": text}]}
+    reply = api.post(f"{PATH}/count_tokens", body)
+    num_tokens = len(api.tokenizer.encode_prompt(f"[INST] {text} [/INST]"))
+    assert num_tokens > CONTEXT
+    assert reply.json() == {"input_tokens": num_tokens}
+    assert api.post(PATH, {**body, "max_tokens": 1}).status_code == 400
+
+
 def test_a_schema_becomes_a_grammar(api: Api) -> None:
     schema = {"type": "object", "properties": {"name": {"type": "string"}}}
     create(api, output_config={"format": {"type": "json_schema", "schema": schema}})
@@ -358,7 +369,7 @@ def test_a_schema_becomes_a_grammar(api: Api) -> None:
 
 
 def test_a_wrong_key_is_refused_in_anthropics_words(api: Api) -> None:
-    api.admit(Access.with_keys(["sesame"], allow_open=False, allowed_origins=()))
+    api.admit(Access.with_keys([ApiKey("sesame")], allow_open=False, allowed_origins=()))
     assert create(api).content  # the client sends its key as x-api-key
     assert "no API key" in assert_refused(api, asked({}), 401, "authentication_error")
 
