@@ -145,12 +145,12 @@ class ChatFormat:
         config_file = folder / "tokenizer_config.json"
         if not config_file.is_file():
             return cls(tokenizer)
-        template = read_json(config_file).get("chat_template")
-        if template is None:
+        given = read_json(config_file).get("chat_template")
+        if given is None:
             return cls(tokenizer)
-        if not isinstance(template, str):
+        if not isinstance(given, str):
             raise ConfigError(f"{config_file}: chat_template must be one template, as text")
-        return cls(tokenizer, template)
+        return cls(tokenizer, given)
 
     def encode(
         self,

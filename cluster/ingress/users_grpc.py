@@ -276,9 +276,7 @@ class _Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # untyped
         self, request: health_pb2.HealthCheckRequest, context: Any
     ) -> None:
         told = None
-        is_last = False
-        while not is_last:
-            is_last = self._is_ending.is_set()
+        while True:
             response = self._response(request.service)
             if response != told:
                 await context.write(response)
