@@ -25,6 +25,7 @@ from cluster import rpc
 from cluster.actors import NAMESPACE, alive_workers, worker_name
 from cluster.client import Client
 from cluster.config import ServeConfig, is_loopback
+from cluster.context import context_of
 from cluster.controller import Controller
 from cluster.errors import APIError, ConfigurationError, StartError
 from cluster.follow import as_heads_were_told
@@ -113,10 +114,13 @@ def check_checkpoint(config: ServeConfig) -> None:
             f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model only "
             f"{model.vocab_size}"
         )
-    if config.max_model_len and config.max_model_len > model.max_position_embeddings:
-        raise ConfigurationError(
-            f"max_model_len {config.max_model_len} exceeds the model's "
-            f"{model.max_position_embeddings} positions"
+    context = context_of(config, model)
+    if context < (config.max_model_len or model.max_position_embeddings):
+        logger.warning(
+            "kv_cache_bytes %s hold %d tokens, so requests may have no more, of the model's %d",
+            f"{config.kv_cache_bytes:,}",
+            context,
+            model.max_position_embeddings,
         )
     most = rpc.max_step_tokens(model)
     if config.max_tokens_per_step > most:

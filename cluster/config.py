@@ -155,7 +155,8 @@ class ServeConfig(BaseModel):
     """The same for a head (maestrale_head in deploy/)."""
 
     max_model_len: int | None = Field(default=None, ge=2)
-    """Prompt and completion together, tokens. None: what the model was made for."""
+    """Prompt and completion together, tokens. None: what the model was made for, or as many as
+    kv_cache_bytes hold if that is less."""
     block_size: int = Field(default=16, ge=1)
     """Tokens per block of the KV cache. Smaller wastes less, larger costs fewer look-ups."""
     kv_cache_bytes: int | None = Field(default=1 * GIB, ge=1)

@@ -6,13 +6,14 @@ from pathlib import Path
 import torch
 
 from cluster.config import ServeConfig
+from cluster.context import context_of
 from cluster.head.engine import Engine
 from cluster.head.masks import GrammarMasks
 from cluster.head.micro_batches import MicroBatches
 from cluster.head.scheduler import Scheduler
 from cluster.head.stopwatch import Stopwatch
 from cluster.metrics import HeadMetrics
-from model.blocks import BlockPool, blocks_of_sequence
+from model.blocks import BlockPool
 from model.decoder import Decoder
 from model.errors import ModelError
 from model.experts import Experts
@@ -35,29 +36,14 @@ def new_engine(
     grammars: GrammarCompiler | None = None,
     stopwatch: Stopwatch | None = None,
 ) -> Engine:
-    """An engine with an empty KV cache. Logs how many tokens the cache holds, and warns where a
-    request may have more.
+    """An engine with an empty KV cache. Logs how many tokens the cache holds.
 
     stopwatch: told of a step's phases by decoder and experts.
     """
-    max_model_len = config.max_model_len or decoder.config.max_position_embeddings
+    max_model_len = context_of(config, decoder.config)
     num_blocks = _num_blocks(config, decoder, max_model_len)
     cache = decoder.new_cache(num_blocks=num_blocks, block_size=config.block_size)
     logger.info("%s", cache)
-    longest = blocks_of_sequence(
-        max_model_len,
-        config.block_size,
-        window=decoder.config.sliding_window,
-        max_new=config.max_tokens_per_step,
-    )
-    if longest > num_blocks:
-        logger.warning(
-            "a request may have %d tokens, but the KV cache holds %d: those that ask for more, or "
-            "for all that is left of the context, are refused; raise kv_cache_bytes or lower "
-            "max_model_len",
-            max_model_len,
-            num_blocks * config.block_size,
-        )
     scheduler = Scheduler(
         BlockPool(num_blocks=num_blocks, block_size=config.block_size),
         max_running=config.max_running_sequences,

@@ -13,6 +13,7 @@ from ray import serve
 
 from cluster import rpc
 from cluster.config import ServeConfig
+from cluster.context import context_of
 from cluster.follow import follow
 from cluster.ingress import admin, users_grpc
 from cluster.ingress.answerer import Answerer
@@ -75,7 +76,7 @@ class Ingress:
             ChatFormat.from_folder(folder, tokenizer),
             ApiSettings(
                 model_id=config.model_id(),
-                max_model_len=config.max_model_len or model.max_position_embeddings,
+                max_model_len=context_of(config, model),
                 vocab_size=model.vocab_size,
                 eos_token_ids=model.eos_token_ids,
                 labels=model.labels,
