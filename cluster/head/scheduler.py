@@ -84,7 +84,7 @@ class Step:
 class Scheduler:
     """Admits sequences when blocks are free for what they know, and hands out each step's tokens.
 
-    When blocks run out, the running sequence of the worst rank gives its own back and waits to be
+    When blocks run out, the running sequence that came last gives its own back and waits to be
     computed again. Owned by the engine's thread. Mutable state: `waiting`, `running`, the pool and
     the prefix cache.
     """
@@ -164,14 +164,14 @@ class Scheduler:
         budget = self._max_tokens_per_step
         chunks: list[Chunk] = []
         preempted: list[Sequence] = []
-        queue = deque(sorted(self.running, key=lambda s: (s.num_to_compute > 1, s.rank)))
+        queue = deque(sorted(self.running, key=lambda s: (s.num_to_compute > 1, s.arrival)))
         while queue and budget:
             sequence = queue.popleft()
             num_to_compute = sequence.num_to_compute
             num_tokens = min(num_to_compute, budget)
             while not sequence.table.grow(sequence.num_computed + num_tokens):
-                # never one that has its chunk already: those of a better rank come first
-                victim = max([sequence, *queue], key=lambda s: s.rank)
+                # never one that has its chunk already: those that came before come first
+                victim = max([sequence, *queue], key=lambda s: s.arrival)
                 self._preempt(victim)
                 preempted.append(victim)
                 if victim is sequence:

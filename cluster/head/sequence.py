@@ -54,6 +54,8 @@ class Sequence:
     """Of its full blocks; see `prefix.PrefixCache`, whose own the next two are as well."""
     num_published: int = 0
     has_published_prompt: bool = False
+    arrival: int = 0
+    """How many were added before it."""
     rank: tuple[float, int] = (0.0, 0)
     """Where it stands among the requests of its client; see `waiting.WaitingQueue`."""
 

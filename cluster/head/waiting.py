@@ -50,7 +50,8 @@ class WaitingQueue:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence."""
-        sequence.rank = (self._total + sequence.priority * PRIORITY_TOKENS, next(self._arrivals))
+        sequence.arrival = next(self._arrivals)
+        sequence.rank = (self._total + sequence.priority * PRIORITY_TOKENS, sequence.arrival)
         if not self._sequences:
             self._floor = max(self._floor, self._served.get(self._last_client, 0))
         self._served[sequence.client] = max(self._served.get(sequence.client, 0), self._floor)
@@ -99,7 +100,7 @@ class WaitingQueue:
             if not candidates:
                 return
             if self._is_oldests_turn:
-                sequence = min(candidates, key=_rank)
+                sequence = min(candidates, key=lambda s: s.arrival)
             else:
                 sequence = min(candidates, key=lambda s: (self._served[s.client], s.rank))
             yield sequence

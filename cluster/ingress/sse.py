@@ -84,7 +84,8 @@ class EventStream(StreamingResponse):
         keep_alive_s: float,
     ) -> None:
         """first: the task that waits for the first of the deltas."""
-        headers = {"Cache-Control": "no-cache"}
+        # nginx would otherwise hold events back until it has a page of them
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(self._events(), media_type="text/event-stream", headers=headers)
         self._first = first
         self._deltas = deltas

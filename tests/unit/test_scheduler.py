@@ -436,3 +436,17 @@ def test_the_scheduler_shows_its_state() -> None:
     step(scheduler)
     shown = "Scheduler(1 running, 1 waiting, BlockPool(3 free of 4 x 4 tokens))"
     assert repr(scheduler) == shown
+
+
+def test_a_priority_pushes_nobody_of_another_client_out() -> None:
+    scheduler = scheduler_of(num_blocks=6, block_size=4, budget=8)
+    modest = sequence_of(7, 12, client="modest")
+    pushy = sequence_of(7, 12, client="pushy", priority=-1_000)
+    scheduler.add(modest)
+    scheduler.add(pushy)
+    planned = scheduler.schedule()
+    while not planned.num_preempted:
+        assert planned.chunks
+        compute(scheduler, planned)
+        planned = scheduler.schedule()
+    assert scheduler.running == [modest]

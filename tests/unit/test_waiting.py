@@ -193,3 +193,13 @@ def test_a_client_that_was_forgotten_while_it_ran_comes_back_at_the_floor(num_to
     queue._oldest_from = 10**9  # by share alone
     expected = [waiting, running] if num_tokens else [running, waiting]
     assert [serve_next(queue), serve_next(queue)] == expected
+
+
+def test_the_turn_of_the_oldest_goes_by_arrival_whatever_priority_others_claim() -> None:
+    queue = WaitingQueue()
+    patient = asked_by("patient")
+    queue.charge(patient, 1_000_000)
+    queue.add(patient)
+    for _ in range(3):
+        queue.add(asked_by("pushy", num_tokens=1, priority=-1_000))
+    assert serve_next(queue) is patient  # nothing has been served out of turn yet
