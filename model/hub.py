@@ -21,6 +21,10 @@ _SMALL_FILES = (
     "*.safetensors.index.json",
 )
 
+_QUANTIZED = ("quantization.json", "experts-*.safetensors", "attention-*.safetensors")
+"""What a quantised copy (`quantized_copy`) holds beside its dense tensors; others have no such
+files."""
+
 _WEIGHTS = ("model*.safetensors", "consolidated*.safetensors", "consolidated*.pt")
 """The forms in which a repository may hold its weights; the first that is there is taken."""
 
@@ -41,7 +45,7 @@ def resolve(model: str | Path) -> Path:
             f"model {hub_id!r} is neither a folder nor a Hugging Face Hub id (organisation/name)"
         )
     for weights in _WEIGHTS:
-        folder = _download(hub_id, [*_SMALL_FILES, weights])
+        folder = _download(hub_id, [*_SMALL_FILES, *_QUANTIZED, weights])
         if any(folder.glob(weights)):
             return folder
     raise CheckpointError(

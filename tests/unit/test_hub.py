@@ -80,6 +80,18 @@ def test_only_files_that_are_read_are_fetched(hub: FakeHub, tmp_path: Path) -> N
     assert sorted(hub.fetched) == read
 
 
+def test_a_quantised_copy_is_fetched_whole(hub: FakeHub) -> None:
+    hub.files = [
+        "attention-000.safetensors",
+        "config.json",
+        "experts-000-000.safetensors",
+        "model-000.safetensors",
+        "quantization.json",
+    ]
+    resolve("org/name")
+    assert sorted(hub.fetched) == hub.files
+
+
 @pytest.mark.parametrize(
     ("files", "taken"),
     [
