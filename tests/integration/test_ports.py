@@ -20,10 +20,12 @@ needs_ipv6 = pytest.mark.skipif(not has_ipv6_loopback(), reason="this machine ha
 EITHER = pytest.mark.parametrize("host", ["127.0.0.1", pytest.param("::1", marks=needs_ipv6)])
 
 
+@EITHER
 def test_a_free_port_is_one_to_listen_on(host: str) -> None:
     check_port(host, free_port(host), "--port")
 
 
+@EITHER
 def test_a_port_that_is_taken_is_refused_with_the_flag_that_helps(host: str) -> None:
     is_ipv6 = ":" in host
     family = socket.AF_INET6 if is_ipv6 else socket.AF_INET
