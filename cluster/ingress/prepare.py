@@ -187,7 +187,7 @@ class Preparer:
         if model_id is not None and model_id != self._settings.model_id:
             raise RequestError(
                 404,
-                f"the model {model_id[:100]!r} is not served here; there is "
+                f"the model {model_id[:1_000]!r} is not served here; there is "
                 f"{self._settings.model_id!r}",
                 kind="not_found_error",
                 param="model",
