@@ -38,7 +38,7 @@ class Cluster:
     def ray(self, verb: str, *arguments: str, timeout_s: float = 120) -> str:
         """Run one of Ray's own commands on the caller's host."""
         words = " ".join([verb, str(self.file), *arguments])
-        return self.caller.run(f"ray {words}", timeout_s=timeout_s)
+        return self.caller.run(f"RAY_UP_enable_autoscaler_v2=0 ray {words}", timeout_s=timeout_s)
 
     def on_head(self, text: str, *, timeout_s: float = 120) -> str:
         return self.head.run(f"RAY_AUTH_MODE=token {text}", timeout_s=timeout_s)

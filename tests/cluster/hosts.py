@@ -103,6 +103,8 @@ def _host(host: Host) -> Iterator[Host]:
         _run("ip", "netns", "add", host.name)
         cleanup.callback(_run, "ip", "netns", "del", host.name)
         _run("ip", "link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", host.name)
+        # a connection that has yet to time out keeps a namespace, and its end of the cable, alive
+        cleanup.callback(_run, "ip", "link", "del", cable)
         _run("ip", "link", "set", cable, "master", BRIDGE, "up")
         inside = ("ip", "-n", host.name)
         _run(*inside, "addr", "add", f"{host.address}/24", "dev", "eth0")
