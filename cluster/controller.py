@@ -170,7 +170,9 @@ class Controller:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._plan(living))
             tasks.create_task(self._balance(living))
-            tasks.create_task(self._scale(living))
+            # a cluster that has just begun has no heads but those that are still to come
+            knows_heads_after_s = HEAD_SILENT_AFTER_S if num_alive else 0.0
+            tasks.create_task(self._scale(living, knows_heads_after_s))
             while True:
                 for index in set(range(living.num_workers)) - self._workers.keys():
                     mode = config.worker_quantization[min(index, config.num_workers - 1)]
@@ -266,8 +268,11 @@ class Controller:
         )
         living.adopt(change)
 
-    async def _scale(self, living: LivingPlacement) -> None:
-        """Have as many heads and workers as the settings and the load ask for."""
+    async def _scale(self, living: LivingPlacement, knows_heads_after_s: float) -> None:
+        """Have as many heads and workers as the settings and the load ask for.
+
+        knows_heads_after_s: when all heads have been heard of that there were before.
+        """
         observer, started = Observer(), time.monotonic()
         state: State | None = None
         while True:
@@ -277,7 +282,8 @@ class Controller:
             ready = {head.name: head.totals for head in heads if head.address}
             signals = observer.look(ready, living.totals, now)
             # A controller that starts anew must not take heads for gone that it has yet to hear.
-            if state is None and now - started > HEAD_SILENT_AFTER_S and self._view.placement:
+            knows_heads = now - started >= knows_heads_after_s
+            if state is None and knows_heads and self._view.placement:
                 num_heads = max(config.num_heads, len(heads))
                 state = State.of(num_heads=num_heads, num_workers=living.num_workers)
             if state is not None:
