@@ -24,12 +24,13 @@ from ray.serve.schema import ApplicationStatus
 from cluster import rpc
 from cluster.actors import NAMESPACE, alive_workers, worker_name
 from cluster.client import Client
-from cluster.config import ServeConfig, is_loopback
+from cluster.config import ServeConfig
 from cluster.context import context_of
 from cluster.controller import Controller
 from cluster.errors import APIError, ConfigurationError, StartError
 from cluster.follow import as_heads_were_told
 from cluster.ingress.auth import KEYS_VARIABLE, read_api_keys
+from cluster.network import is_loopback
 from model.config import MixtralConfig
 from model.tokenizer import Tokenizer
 

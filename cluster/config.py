@@ -6,14 +6,13 @@ environment.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from difflib import get_close_matches
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
 
+from cluster.network import THE_NODES_OWN, Network, is_loopback
 from cluster.schema import MAX_DRAFTS
 from model import TINY
 from model.hub import resolve
@@ -24,37 +23,11 @@ GIB = 2**30
 Quantization = Literal["nf4", "nf4-double", "int8", "int4"]
 
 
-THE_NODES_OWN = "node"
-"""As a data_plane_host: each process listens on the address by which Ray knows its node."""
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach an address. Raises ValueError if it is no IP address."""
-    address = ip_address(host)
-    mapped = getattr(address, "ipv4_mapped", None)
-    return bool((mapped or address).is_loopback)
-
-
-@dataclass(frozen=True)
-class Network:
-    """Where heads and workers listen, and how they know their peers: see ServeConfig's fields."""
-
-    host: str = "127.0.0.1"
-    tls_folder: Path | None = None
-    cluster_token_from: Path | Literal["environment"] | None = None
-    allow_plaintext: bool = False
-
-
 def no_such_setting(name: str, known: Iterable[str]) -> str:
     """What to say of a name that is none of those known: which is nearest."""
     near = get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]}?" if near else "`maestrale config` lists them all"
     return f"there is no setting {name}: {hint}"
-
-
-def listen_host(data_plane_host: str, node_address: str) -> str:
-    """Where a process listens that runs on the node of this address."""
-    return node_address if data_plane_host == THE_NODES_OWN else data_plane_host
 
 
 def checkpoint_folder(model: Path | None) -> Path:

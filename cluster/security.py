@@ -11,8 +11,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
-from cluster.config import Network, is_loopback
 from cluster.errors import ConfigurationError
+from cluster.network import Network, is_loopback
 
 if TYPE_CHECKING:
     from cryptography.x509 import Certificate

@@ -16,12 +16,13 @@ import torch
 from ray.util import get_node_ip_address
 
 from cluster import rpc
-from cluster.config import Network, checkpoint_folder, listen_host
+from cluster.config import checkpoint_folder
 from cluster.expert.batcher import Batcher
 from cluster.expert.lease import Lease
 from cluster.expert.loader import Loader
 from cluster.expert.service import ExpertService
 from cluster.metrics import WorkerMetrics
+from cluster.network import Network, listen_host
 from cluster.placement import Stamp, WorkerReport
 from cluster.security import Security
 from model.experts import ExpertWeights

@@ -18,7 +18,7 @@ from ray import serve
 from ray.util import get_node_ip_address
 
 from cluster import rpc
-from cluster.config import ServeConfig, listen_host
+from cluster.config import ServeConfig
 from cluster.follow import DECIDED_AT, HEADS_WANTED, HeadReport, follow
 from cluster.head.build import new_compiler, new_engine
 from cluster.head.cross_check import CrossCheck
@@ -29,6 +29,7 @@ from cluster.head.probe import pass_through_every_expert
 from cluster.head.service import HeadService
 from cluster.head.stopwatch import Stopwatch
 from cluster.metrics import HeadMetrics
+from cluster.network import listen_host
 from cluster.placement import ClusterView, HeadsWanted
 from cluster.security import Security
 from model.decoder import Decoder

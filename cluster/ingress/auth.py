@@ -14,9 +14,9 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from cluster.config import is_loopback
 from cluster.errors import ConfigurationError, RequestError
 from cluster.ingress.errors import error_response
+from cluster.network import is_loopback
 from cluster.schema import RESUMED_TOKENS
 
 KEYS_VARIABLE = "MAESTRALE_API_KEYS"

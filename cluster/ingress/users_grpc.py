@@ -21,7 +21,6 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from pydantic import ValidationError
 
-from cluster.config import is_loopback
 from cluster.errors import ConfigurationError
 from cluster.ingress.answerer import Answerer
 from cluster.ingress.auth import ANYBODY, Access, key_in
@@ -33,6 +32,7 @@ from cluster.ingress.request_log import HUNG_UP
 from cluster.ingress.text import TextDelta
 from cluster.log import RequestLogger, about_request
 from cluster.metrics import IngressMetrics
+from cluster.network import is_loopback
 from cluster.schema import ChatCompletionRequest, CompletionRequest, ModelRequest
 from protos import maestrale_pb2, maestrale_pb2_grpc
 

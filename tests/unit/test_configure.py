@@ -10,9 +10,10 @@ from pydantic import ValidationError
 from typer.testing import CliRunner
 
 from cluster.cli import app
-from cluster.config import ServeConfig, listen_host
+from cluster.config import ServeConfig
 from cluster.configure import Settings, as_file, assignments, gather
 from cluster.errors import ConfigurationError
+from cluster.network import listen_host
 
 
 def gathered(

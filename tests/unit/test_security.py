@@ -18,10 +18,11 @@ from typer.testing import CliRunner
 from cluster import rpc
 from cluster.certs import LIFETIME, Authority, write_certificates
 from cluster.cli import app
-from cluster.config import Network, ServeConfig, is_loopback
+from cluster.config import ServeConfig
 from cluster.configure import gather
 from cluster.errors import ConfigurationError
 from cluster.ingress.auth import KEYS_VARIABLE
+from cluster.network import Network, is_loopback
 from cluster.security import ROLES, TOKEN_VARIABLE, Security
 
 NOW = datetime.now(UTC)
