@@ -29,6 +29,8 @@ CONFIG = small_config(
 )
 ONE_TENSOR = 2 * 2_048 * 1_024 * 2
 """Bytes of the largest that is read at once: w1 and w3 of an expert."""
+NOISE = 10_000_000
+"""Bytes by which the same load differs from run to run: pages of libraries, gaps of the heap."""
 
 ROUGH = ("int4", "nf4")
 OPTIONS: list[dict[str, str]] = [
@@ -123,5 +125,5 @@ def test_the_peak_is_at_most_a_tenth_and_one_tensor_above_what_is_kept(
     )
     allowed_bytes = ONE_TENSOR * (3 if is_packed else 1)
     assert kept_bytes >= 40e6  # else an allocator's noise would count
-    assert peak_bytes >= 0.98 * kept_bytes  # else nothing was measured
-    assert peak_bytes <= 1.1 * kept_bytes + allowed_bytes
+    assert peak_bytes >= kept_bytes - NOISE  # else nothing was measured
+    assert peak_bytes <= 1.1 * kept_bytes + allowed_bytes + NOISE
