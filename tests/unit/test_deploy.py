@@ -81,6 +81,7 @@ def test_every_start_of_ray_asks_for_the_token(name: str) -> None:
     starts = [command for command in commands if " start " in command]
     assert len(starts) == 2
     assert all("RAY_AUTH_MODE=token" in command for command in starts)
+    assert all(f"{app.PROXY_BY_GRPC}=1" in command for command in starts)
     assert cluster["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
     assert "ca-key.pem" in cluster["rsync_exclude"]  # who has it makes identities
     assert "--dashboard-host" not in " ".join(commands)  # so it stays on loopback
