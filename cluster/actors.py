@@ -71,6 +71,8 @@ class WorkerActor:
         self._config = config
         self._owner = owner
         self._actor: Any = None
+        self._settings = ""
+        """What it is to be started with, in its report's words."""
         self._start_in_s: float | None = 0.0
         """Not None: it is dead, or has never been started."""
         self._num_failed_starts = 0
@@ -89,7 +91,8 @@ class WorkerActor:
     async def heartbeat(self, stamp: "Stamp") -> "WorkerReport | None":
         """Renew its lease and hear from it; None once it is dead. The next call starts another.
 
-        A worker that stays silent is killed, and so is dead in the end.
+        A worker that stays silent is killed, and one that a controller before this one has started
+        with other settings is ended: so both are dead in the end.
         """
         if self._start_in_s is not None:
             await asyncio.sleep(self._start_in_s)
@@ -121,6 +124,10 @@ class WorkerActor:
                 continue
             if self.incarnation != report.incarnation:
                 self.incarnation, self._told = report.incarnation, None
+            if report.settings != self._settings:
+                logger.info("%s was started with other settings and is replaced", self.name)
+                await self.release()
+                continue
             self._num_missed, self._num_failed_starts, self.error = 0, 0, report.error
             return report
 
@@ -191,7 +198,13 @@ class WorkerActor:
             num_threads=config.worker_threads,
             network=config.network,
             lease_s=config.lease_s,
+            options={
+                "num_cpus": config.worker_cpus,
+                "num_gpus": config.worker_gpus,
+                "resources": config.worker_resources,
+            },
         )
+        self._settings = repr(settings)
         logger.info("starting %s", self.name)
         return (
             ray.remote(ExpertWorker)
@@ -200,10 +213,8 @@ class WorkerActor:
                 namespace=NAMESPACE,
                 lifetime="detached",
                 get_if_exists=True,
-                num_cpus=config.worker_cpus,
-                num_gpus=config.worker_gpus,
-                resources=config.worker_resources,
                 max_concurrency=4,
+                **settings.options,
             )
             .remote(settings)
         )

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 from ray import serve
+from ray.serve.schema import ApplicationStatus
 
 from cluster.actors import WorkerActor, alive_workers, worker_name
 from cluster.autoscale import Decision, Scaling, State, decide
@@ -139,11 +140,25 @@ class Controller:
             raise RuntimeError(f"supervision has ended: {self._supervisor}")
 
     async def __del__(self) -> None:
-        """Called by Serve before it ends the replica: release the workers that are still ours."""
+        """Called by Serve before it ends the replica: release the workers that are still ours, if
+        the application is to end. The controller of a changed file goes on with them: until it does,
+        their lease keeps them.
+        """
         self._supervisor.cancel()
+        if await asyncio.to_thread(self._has_successor):
+            return
         releases = [asyncio.ensure_future(worker.release()) for worker in self._workers.values()]
         if releases:
             await asyncio.wait(releases, timeout=5)
+
+    def _has_successor(self) -> bool:
+        """Whether Serve is about to start another controller. Asks Serve, and blocks meanwhile."""
+        try:
+            application = serve.status().applications.get(self._app_name)
+        except Exception as error:
+            logger.warning("Serve does not say whether the application ends: %r", error)
+            return False
+        return application is not None and application.status != ApplicationStatus.DELETING
 
     async def _supervise(self) -> None:
         """Start the workers and keep them; never returns."""

@@ -45,6 +45,7 @@ class WorkerReport:
     rows:      how many it has computed since its start, by layer and expert.
     error:     why it failed to load a unit, until it is told again what to hold.
     totals:    what it has done since its start.
+    settings:  what it was started with, in words that differ where it does.
     """
 
     address: str
@@ -56,6 +57,7 @@ class WorkerReport:
     rows: Mapping[tuple[int, int], int]
     error: str | None
     totals: WorkerTotals = field(default_factory=WorkerTotals)
+    settings: str = ""
 
 
 @dataclass(frozen=True)

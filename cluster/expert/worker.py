@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ray
 import torch
@@ -48,6 +49,10 @@ class WorkerSettings:
     num_threads: int
     network: Network
     lease_s: float
+    options: Mapping[str, Any]
+    """Ray's, for what it takes of its node."""
+    build: str = rpc.BUILD
+    """A worker of another one is not gone on with."""
 
 
 class ExpertWorker:
@@ -128,6 +133,7 @@ class ExpertWorker:
             rows=self._metrics.row_counts(),
             totals=self._metrics.totals,
             error=self._loader.error,
+            settings=repr(self._settings),
         )
 
     def release(self, owner: str) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -31,6 +32,8 @@ class FakeActor:
         self.told: list[tuple[Unit, ...]] = []
         self.failures: list[Exception | None] = []
         """What becomes of the next orders, if they fail. None: no answer comes."""
+        self.releases: list[str] = []
+        """Owners that have let it go."""
         self.is_ours = True
         """Whether it takes orders."""
 
@@ -48,6 +51,9 @@ class FakeActor:
             raise answer
         assert answer is not None
         return answer
+
+    async def do_release(self, owner: str) -> None:
+        self.releases.append(owner)
 
     async def do_hold(
         self, owner: str, units: tuple[Unit, ...], expected: Mapping[Unit, str]
@@ -137,6 +143,20 @@ def test_a_silent_worker_is_killed_and_another_started(
 
     assert asyncio.run(hear()) == [7, None, 8]
     assert killed == [actor]
+
+
+def test_a_worker_with_other_settings_is_ended_and_another_started(
+    worker: WorkerActor, actor: FakeActor
+) -> None:
+    """A controller of a changed file finds workers of the file before."""
+    old = replace(report(), settings="of the file before")
+    actor.beats = [old, ActorDiedError(), report(8)]
+
+    async def hear() -> list[WorkerReport | None]:
+        return [await worker.heartbeat((2, 3)) for _ in range(2)]
+
+    assert asyncio.run(hear()) == [None, report(8)]
+    assert actor.releases == ["owner"]
 
 
 def test_one_missed_beat_costs_nothing(
