@@ -9,7 +9,14 @@ from cluster.head.engine import Event, Load
 from cluster.head.sequence import Sequence
 from model import Mixtral
 from model.sampling_params import SamplingParams
-from tests.cluster_fakes import BrokenRow, FailingExperts, Head, MemoryOutbox, PoisonedExperts
+from tests.cluster_fakes import (
+    BrokenDevice,
+    BrokenRow,
+    FailingExperts,
+    Head,
+    MemoryOutbox,
+    PoisonedExperts,
+)
 
 VOCAB_SIZE = 2048
 EOS = (2,)
@@ -357,6 +364,36 @@ def test_values_that_are_not_numbers_do_not_spread_over_the_cache(
     for key, prompt in ((1, prompts[0]), (2, prompts[3]), (3, prompts[4])):
         assert outbox.ids(key) == mixtral.generate_ids([prompt], [greedy(5)])[0]
     head.assert_all_free()
+
+
+def test_an_error_of_one_step_costs_only_its_sequences(
+    mixtral: Mixtral, prompts: list[list[int]], caplog: pytest.LogCaptureFixture
+) -> None:
+    decoder = BrokenDevice(mixtral.decoder, fail_at={2})
+    head, outbox = Head(mixtral, decoder=decoder), MemoryOutbox()
+    head.engine.submit(outbox, 0, Sequence(prompts[0], greedy(5)))
+    with caplog.at_level(logging.CRITICAL), head.running():
+        outbox.wait_for_end(0)
+        head.engine.submit(outbox, 1, Sequence(prompts[0], greedy(5)))
+        outbox.wait_for_end(1)
+    assert "CUDA error" in (outbox.of(0)[-1].error or "")
+    assert outbox.ids(1) == mixtral.generate_ids([prompts[0]], [greedy(5)])[0]
+    head.assert_all_free()
+
+
+def test_an_error_that_stays_ends_the_engine_and_no_request(
+    mixtral: Mixtral, prompts: list[list[int]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Their streams break, and another head goes on with them."""
+    decoder = BrokenDevice(mixtral.decoder, fail_at=range(3, 100))
+    head = Head(mixtral, decoder=decoder)
+    outbox = MemoryOutbox(lambda event: head.engine.stop() if event.error else None)
+    for key in range(3):
+        head.engine.submit(outbox, key, Sequence(prompts[0], greedy(5), cache_salt=str(key)))
+    with caplog.at_level(logging.CRITICAL), pytest.raises(RuntimeError, match="CUDA error"):
+        head.engine.run()
+    assert [len(outbox.ids(key)) for key in range(3)] == [2, 2, 2]
+    assert not any(event.error for event in outbox.events)
 
 
 # --- how busy it is ---
