@@ -35,6 +35,10 @@ from model.sampling_params import TokenLogprobs
 
 logger = logging.getLogger(__name__)
 
+CHECKED_SHARE = 0.01
+"""Of the time, for looking at all blocks where the engine is idle. That takes 11 ms for 30,000
+blocks, and who asks meanwhile waits."""
+
 RequestKey = int
 """A request's number within its outbox."""
 
@@ -139,6 +143,7 @@ class Engine:
         self._requests: dict[tuple[Outbox, RequestKey], Sequence] = {}
         self._addresses: dict[Sequence, tuple[Outbox, RequestKey]] = {}
         self._is_stopping = False
+        self._check_due_at = 0.0
 
     def __repr__(self) -> str:
         return f"Engine({self._scheduler})"
@@ -179,11 +184,19 @@ class Engine:
     def _take_messages(self) -> None:
         """Apply all queued messages; waits for one when there is nothing to compute."""
         if not self._scheduler.has_work and self._inbox.empty():
-            self._scheduler.check()
+            self._check_if_due()
             self._metrics.observe_idle(num_free_blocks=self._scheduler.pool.num_free)
             self._apply(self._inbox.get())
         while not self._inbox.empty():
             self._apply(self._inbox.get())
+
+    def _check_if_due(self) -> None:
+        """Look for lost blocks, but for no more than CHECKED_SHARE of the time."""
+        started = time.perf_counter()
+        if started >= self._check_due_at:
+            self._scheduler.check()
+            ended = time.perf_counter()
+            self._check_due_at = ended + (ended - started) / CHECKED_SHARE
 
     def _apply(self, message: _Submit | _Abort | _Stop) -> None:
         match message:

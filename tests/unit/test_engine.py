@@ -2,6 +2,7 @@
 
 import logging
 import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -458,6 +459,32 @@ def test_an_idle_engine_stops_at_once(mixtral: Mixtral) -> None:
     with head.running():
         pass
     assert head.metrics.steps == []
+
+
+def test_blocks_are_looked_at_seldom_where_that_takes_long(
+    mixtral: Mixtral, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that only a check moves on, by 2 s, and the test."""
+    now, num_checks = 0.0, 0
+    monkeypatch.setattr("cluster.head.engine.time", SimpleNamespace(perf_counter=lambda: now))
+
+    def slow_check() -> None:
+        nonlocal now, num_checks
+        now, num_checks = now + 2.0, num_checks + 1
+
+    engine = Head(mixtral).engine
+    monkeypatch.setattr(engine._scheduler, "check", slow_check)
+    for moment, expected in [(0.0, 1), (201.0, 1), (202.0, 2), (400.0, 2)]:
+        now = moment
+        engine._check_if_due()
+        assert num_checks == expected
+
+
+def test_a_lost_block_ends_an_engine_that_gets_idle(mixtral: Mixtral) -> None:
+    head = Head(mixtral)
+    head.pool.allocate(1)
+    with pytest.raises(AssertionError, match="owners"):
+        head.engine.run()
 
 
 def test_requests_may_come_from_many_threads_at_once(
