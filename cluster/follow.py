@@ -84,7 +84,7 @@ async def follow(
             is_away = False
             known = view.version
             # compared as a whole: a controller that starts anew counts its versions anew
-            if view != seen and not _has_forgotten(view, seen):
+            if view != seen and not _is_older(view, seen):
                 on_view(view)
                 seen = view
         except Exception:
@@ -93,8 +93,13 @@ async def follow(
             await asyncio.sleep(RETRY_AFTER_S)
 
 
-def _has_forgotten(view: ClusterView, seen: ClusterView | None) -> bool:
-    """Whether a controller has started anew and does not know yet what it had placed: experts once
-    placed stay so, and heads and workers go on by the last placement.
+def _is_older(view: ClusterView, seen: ClusterView | None) -> bool:
+    """Whether a later controller has spoken already, or this one has started anew and does not know
+    yet what it had placed: experts once placed stay so.
+
+    Heads and workers order placements in the same way: one that has been replaced and does not know
+    it yet may go on publishing.
     """
-    return view.placement is None and seen is not None and seen.placement is not None
+    if seen is None or seen.placement is None:
+        return False
+    return view.placement is None or view.placement.stamp < seen.placement.stamp

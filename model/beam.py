@@ -66,7 +66,7 @@ class Beam:
     score: float
 
 
-def _never(token_ids: Sequence[int]) -> bool:
+def _never(token_ids: tuple[int, ...]) -> bool:
     return False
 
 
@@ -81,7 +81,7 @@ class BeamSearch:
         prompt_ids: Sequence[int],
         params: SamplingParams,
         beams: BeamParams,
-        ends: Callable[[Sequence[int]], bool] = _never,
+        ends: Callable[[tuple[int, ...]], bool] = _never,
     ) -> None:
         """Raises SamplingError if the parameters ask for sampling."""
         if params.temperature > 0:

@@ -56,11 +56,6 @@ class BlockPool:
         """Blocks that can be handed out, cached ones included."""
         return len(self._free) + len(self._cached)
 
-    @property
-    def num_cached(self) -> int:
-        """Free blocks that are kept for their content."""
-        return len(self._cached)
-
     def blocks_for(self, num_tokens: int) -> int:
         """How many blocks that many tokens fill."""
         return -(-num_tokens // self.block_size)

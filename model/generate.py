@@ -22,7 +22,7 @@ from model.hub import resolve
 from model.labels import ARCHITECTURE
 from model.loss import ModelOutput, load_balancing_loss, next_token_loss
 from model.sampling_params import SamplingParams
-from model.stop import TextOptions
+from model.stop import TextEnds, TextOptions
 from model.tokenizer import Tokenizer
 from model.weights import Checkpoint, OnBytes, ignore_bytes, torch_dtype
 
@@ -322,15 +322,13 @@ class Mixtral:
             )
         self._check([prompt], [params])
 
-        def read(token_ids: Sequence[int]) -> tuple[str, bool]:
-            text = options.new_text(self.tokenizer)
-            shown = "".join([text.push(token_id) for token_id in token_ids]) + text.flush()
-            return shown, text.is_stopped
-
-        search = beam.BeamSearch(prompt, params, beams, ends=lambda ids: read(ids)[1])
+        ends = TextEnds(options.new_text(self.tokenizer), self.tokenizer)
+        search = beam.BeamSearch(prompt, params, beams, ends)
         beam.run(self.decoder, self.experts, [search])
         for index, found in enumerate(search.finished[:num_texts]):
-            yield index, read(found.token_ids)[0]
+            text = options.new_text(self.tokenizer)
+            pieces = [text.push(token_id) for token_id in found.token_ids]
+            yield index, "".join(pieces) + text.flush()
 
 
 def _choices(params: SamplingParams, num_choices: int) -> list[SamplingParams]:

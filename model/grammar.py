@@ -150,20 +150,18 @@ class Grammar:
 
     def matcher(self) -> "GrammarMatcher":
         """A matcher at the beginning of an answer; takes microseconds."""
-        return GrammarMatcher(self, self._engine.deep_copy(), [], has_ended=False)
+        return GrammarMatcher(self, self._engine.deep_copy())
 
 
 class GrammarMatcher:
     """How far one sequence has come. Not thread-safe."""
 
-    def __init__(
-        self, grammar: Grammar, engine: "LLMatcher", num_fed: list[int], *, has_ended: bool
-    ) -> None:
+    def __init__(self, grammar: Grammar, engine: "LLMatcher") -> None:
         """Use Grammar.matcher."""
         self.engine = engine
         self._grammar = grammar
-        self._num_fed = num_fed  # engine tokens of each accepted id
-        self._has_ended = has_ended
+        self._num_accepted = 0
+        self._has_ended = False
 
     @property
     def is_finished(self) -> bool:
@@ -179,7 +177,7 @@ class GrammarMatcher:
         for token_id in token_ids:
             if token_id in vocabulary.end_ids and not self._has_ended and self._can_end:
                 self._has_ended = True
-                self._num_fed.append(0)
+                self._num_accepted += 1
                 continue
             fed = self._engine_ids(token_id)
             num_taken = 0 if fed is None else self.engine.try_consume_tokens(fed)
@@ -187,47 +185,15 @@ class GrammarMatcher:
                 self.engine.rollback(num_taken)
                 self._check()
                 raise GrammarError(
-                    f"token id {token_id} is not allowed after {len(self._num_fed)} tokens"
+                    f"token id {token_id} is not allowed after {self._num_accepted} tokens"
                 )
-            self._num_fed.append(len(fed))
-
-    def rollback(self, num_tokens: int) -> None:
-        """Forget the last `num_tokens` accepted ids, as after drafts that were not taken."""
-        kept = len(self._num_fed) - num_tokens
-        assert kept >= 0, f"rollback of {num_tokens} tokens after {len(self._num_fed)}"
-        self.engine.rollback(sum(self._num_fed[kept:]))
-        del self._num_fed[kept:]
-        if num_tokens:
-            self._has_ended = False
-        self._check()
-
-    def copy(self) -> "GrammarMatcher":
-        """An independent matcher at the same place."""
-        return GrammarMatcher(
-            self._grammar, self.engine.deep_copy(), list(self._num_fed), has_ended=self._has_ended
-        )
-
-    def fill(self, mask_W: MaskRow) -> None:
-        """Write what may come next into a row (int32, on the CPU, contiguous).
-
-        Raises GrammarError where the grammar turns out too costly; the sequence cannot go on.
-        """
-        words = mask_W.numpy()
-        assert words.shape == (self._grammar.vocabulary.num_words,), words.shape
-        assert words.dtype == "int32", words.dtype
-        assert words.flags.c_contiguous
-        known = self.known_mask()
-        if known is None:
-            self.engine.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
-            self._check()
-        else:
-            words[:] = known
+            self._num_accepted += 1
 
     def known_mask(self) -> Any:
         """Words of the next mask where nothing has to be computed, else None."""
         if self._has_ended:
             return self._grammar.vocabulary.end_mask
-        return None if self._num_fed else self._grammar.first_mask
+        return None if self._num_accepted else self._grammar.first_mask
 
     def failure(self) -> GrammarError | None:
         """Why the engine gave up on this sequence, or None."""
@@ -245,7 +211,7 @@ class GrammarMatcher:
         vocabulary = self._grammar.vocabulary
         if self._has_ended or not vocabulary.is_text(token_id):
             return None
-        if self._num_fed or self._grammar.first_mask is None:
+        if self._num_accepted or self._grammar.first_mask is None:
             return [token_id]
         return vocabulary.spelled_at_start(token_id)
 

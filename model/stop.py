@@ -1,6 +1,7 @@
 """Where a text ends: stop strings in text that grows token by token. No torch."""
 
 from collections.abc import Sequence
+from copy import deepcopy
 
 from model.errors import SamplingError
 from model.tokenizer import StreamDecoder, Tokenizer
@@ -85,6 +86,28 @@ class TextOptions:
     def new_text(self, tokenizer: Tokenizer) -> TextStream:
         """For the next completion."""
         return TextStream(tokenizer, self._stop_strings, continues_text=self._continues_text)
+
+
+class TextEnds:
+    """Whether completions that branch from each other end by what they say, a token at a time."""
+
+    def __init__(self, text: TextStream, tokenizer: Tokenizer) -> None:
+        """text: of the completion with no token yet."""
+        self._tokenizer = tokenizer
+        self._texts: dict[tuple[int, ...], TextStream] = {(): text}
+        self._length = 0
+
+    def __call__(self, token_ids: tuple[int, ...]) -> bool:
+        """Asked of what goes on by one token from one that was asked of and has not ended; no
+        shorter one may follow.
+        """
+        if len(token_ids) > self._length:
+            self._texts = {k: t for k, t in self._texts.items() if len(k) == self._length}
+            self._length = len(token_ids)
+        shared = {id(self._tokenizer): self._tokenizer}
+        text = self._texts[token_ids] = deepcopy(self._texts[token_ids[:-1]], shared)
+        text.push(token_ids[-1])
+        return text.is_stopped
 
 
 def overlap(text: str, stop: str) -> int:

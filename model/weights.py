@@ -162,12 +162,6 @@ class Checkpoint:
         final_norm_D = load("model.norm.weight")
         return DecoderWeights(embedding_VD, tuple(layers), final_norm_D, lm_head_VD)
 
-    def load_expert(
-        self, layer: int, expert_id: int, on_bytes: OnBytes = ignore_bytes
-    ) -> ExpertWeights:
-        """One whole expert of one layer. Raises CheckpointError naming file and tensor."""
-        return self.load_unit(Unit(layer, expert_id), on_bytes)
-
     def load_unit(self, unit: Unit, on_bytes: OnBytes = ignore_bytes) -> ExpertWeights:
         """One expert of one layer, or a slice of it; the slices' outputs add up to the expert's.
 

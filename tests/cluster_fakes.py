@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Many
 from contextlib import contextmanager
 
@@ -102,6 +102,27 @@ class PoisonedExperts(FailingExperts):
         if self.num_calls in self._fail_at:
             sums_TD[0] = torch.nan
         return Computed(sums_TD)
+
+
+class BrokenDevice(Decoder):
+    """A decoder that fails in some of its passes, counted from 1, as CUDA does."""
+
+    def __init__(self, decoder: Decoder, *, fail_at: Container[int]) -> None:
+        super().__init__(decoder.config, decoder.weights)
+        self._fail_at = fail_at
+        self._num_passes = 0
+
+    def forward_in_turns(
+        self,
+        batches: Many[Batch],
+        cache: KVCache,
+        experts: Experts,
+        trace: Trace | None = None,
+    ) -> Tensor:
+        self._num_passes += 1
+        if self._num_passes in self._fail_at:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return super().forward_in_turns(batches, cache, experts)
 
 
 class BrokenRow(Decoder):

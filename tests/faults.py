@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -59,6 +60,14 @@ def listener(root: int, address: str) -> int:
 def kill(pid: int) -> None:
     """kill -9: no destructor, no last word."""
     os.kill(pid, signal.SIGKILL)
+
+
+def kill_all(root: int) -> None:
+    """The same for a process and all below it."""
+    doomed = [psutil.Process(root), *descendants(root)]
+    for process in doomed:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 @contextmanager
@@ -120,9 +129,11 @@ class Proxy:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
         self.num_cut = 0
-        self._open: list[socket.socket] = []
+        """Connections that `cut` has ended, without those that had ended before."""
+        self._open: list[tuple[socket.socket, socket.socket]] = []
+        self._ended: set[socket.socket] = set()
         self._is_over = False
-        self._changing = threading.Lock()  # of the two above
+        self._changing = threading.Lock()  # of what is open, and whether all is over
         self._flows = threading.Event()
         self._flows.set()
 
@@ -148,12 +159,13 @@ class Proxy:
     def cut(self) -> None:
         """End all connections; new ones may come."""
         with self._changing:
-            ended, self._open = self._open, []
-        for each in ended:
+            pairs, self._open = self._open, []
+            self.num_cut += sum(self._ended.isdisjoint(pair) for pair in pairs)
+            self._ended.clear()
+        for each in chain.from_iterable(pairs):
             with contextlib.suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
             each.close()
-        self.num_cut += len(ended) // 2
 
     def stall(self) -> None:
         """Let no byte through any more, while all connections stay open."""
@@ -179,7 +191,7 @@ class Proxy:
                         client.close()
                         server.close()
                         return
-                    self._open += [client, server]
+                    self._open.append((client, server))
                 for source, sink in ((client, server), (server, client)):
                     late: queue.SimpleQueue[tuple[float, bytes]] = queue.SimpleQueue()
                     for carry, end in ((self._take, source), (self._give, sink)):
@@ -201,6 +213,7 @@ class Proxy:
                 time.sleep(max(0.0, due - time.monotonic()))
                 self._flows.wait()
                 if not data:
+                    self._ended.add(sink)
                     sink.shutdown(socket.SHUT_RDWR)
                     return
                 sink.sendall(data)

@@ -69,6 +69,8 @@ class FakeHead:
         """Called with every request, before it is computed; may end the head."""
         self.error = ""
         """What it says of every request instead of computing it."""
+        self.is_refusal = False
+        """Whether it says so of requests that never could have worked."""
         self.gate = asyncio.Event()
         """Closed, it computes nothing."""
         self.gate.set()
@@ -141,7 +143,8 @@ class FakeHead:
         await self.gate.wait()
         event = head_pb2.SequenceEvent(request_id=submit.request_id)
         if self.error:
-            event.finish, event.error = head_pb2.FINISH_ERROR, self.error
+            event.finish = head_pb2.FINISH_INVALID if self.is_refusal else head_pb2.FINISH_ERROR
+            event.error = self.error
             stream.send(head_pb2.StepEvents(events=[event]))
             return
         if submit.WhichOneof("task") == "classify":

@@ -17,6 +17,7 @@ from cluster.log import RareWarnings
 from cluster.metrics import WorkerMetrics
 from cluster.pipe import Buffer, PipeServer
 from model.config import MixtralConfig
+from model.experts import Assignments
 from model.units import Unit
 from protos import expert_pb2, peer_pb2
 
@@ -35,9 +36,12 @@ class ExpertService:
         identity: rpc.Identity,
         metrics: WorkerMetrics,
         drop_if_damaged: Callable[[Unit], bool],
+        end_broken: Callable[[], None] = lambda: None,
     ) -> None:
         """drop_if_damaged: drops a unit whose weights have changed since they were loaded, and says
         whether; called from any thread.
+        end_broken: ends this worker, where nothing can be computed any more; called from any
+        thread.
         """
         self._batcher = batcher
         self._config = config
@@ -46,6 +50,7 @@ class ExpertService:
         self._identity = identity
         self._metrics = metrics
         self._drop_if_damaged = drop_if_damaged
+        self._end_broken = end_broken
         self._health = HealthServicer()
         self._warnings = RareWarnings(logger)
         self._pipes = PipeServer(
@@ -127,11 +132,28 @@ class ExpertService:
         except Exception as error:
             logger.exception("%s: layer %d failed", self._identity.name, call.layer)
             self._metrics.observe_call("internal")
+            if any(self._is_broken(unit) for unit, _ in call.assignments.counts[:1]):
+                self._end_broken()
             return wire.encode_error(
                 call.call_id, incarnation, expert_pb2.ERROR_INTERNAL, repr(error)
             )
         self._metrics.observe_call("ok")
         return wire.encode_reply(call.call_id, incarnation, sums_RD, time.perf_counter() - started)
+
+    def _is_broken(self, unit: Unit) -> bool:
+        """Whether not even one row of zeros gets through a unit, as after an error of CUDA's, which
+        stays for good. Then it was no fault of a call, nor want of memory.
+        """
+        x_RD = torch.zeros((1, self._config.hidden_size), dtype=self._dtype)
+        one = Assignments(((unit, 1),), torch.zeros(1, dtype=torch.int64), torch.ones(1))
+        try:
+            self._batcher.compute(unit.layer, x_RD.to(self._device), one.to(self._device))
+        except (NotHeldError, BusyError):
+            return False  # not known
+        except Exception:
+            logger.exception("%s: %s does not compute any more", self._identity.name, unit)
+            return True
+        return False
 
     def _verify(
         self, request: expert_pb2.VerifyRequest, context: grpc.ServicerContext

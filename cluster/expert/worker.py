@@ -88,6 +88,7 @@ class ExpertWorker:
             self._identity,
             metrics,
             self._loader.drop_if_damaged,
+            self._end_broken,
         )
         self._server, self._address = rpc.new_server(
             listen_host(settings.network.host, get_node_ip_address()),
@@ -147,6 +148,11 @@ class ExpertWorker:
         with digested() as digest:
             weights = self._checkpoint.load_unit(unit)
         return weights, digest.hexdigest()
+
+    def _end_broken(self) -> None:
+        """The controller sees it gone and starts another; heads send their rows elsewhere."""
+        logger.error("%s: computes nothing any more, ending", self._settings.name)
+        os._exit(1)
 
     def _watch_lease(self) -> None:
         while (left_s := self._lease.ends - time.monotonic()) > 0:

@@ -1,13 +1,13 @@
 """Putting a head's engine together from a configuration: how large its cache is, what it can do."""
 
 import logging
-from pathlib import Path
 
 import torch
 
 from cluster.config import ServeConfig
 from cluster.context import context_of
 from cluster.head.engine import Engine
+from cluster.head.host_memory import free_host_bytes
 from cluster.head.masks import GrammarMasks
 from cluster.head.micro_batches import MicroBatches
 from cluster.head.scheduler import Scheduler
@@ -94,7 +94,4 @@ def _free_bytes(device: torch.device) -> int:
     """Memory that could be allocated now."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise OSError("/proc/meminfo does not say how much memory is available: set kv_cache_bytes")
+    return free_host_bytes()

@@ -187,13 +187,12 @@ class Scheduler:
             len(preempted),
         )
 
-    def commit(self, chunks: Many[Chunk]) -> list[Sequence]:
-        """Record a computed step; returns the sequences that got tokens, in order.
+    def commit(self, chunks: Many[Chunk]) -> None:
+        """Record a computed step.
 
         Each chunk that samples has been given at least one token by then (`Sequence.append`), and
         one more for each draft that proved right. Sequences that end leave here.
         """
-        emitted = []
         for chunk in chunks:
             sequence = chunk.sequence
             num_new = sequence.num_to_compute - chunk.num_tokens if chunk.samples else 0
@@ -203,10 +202,8 @@ class Scheduler:
                 sequence.table.drop_before(sequence.num_computed - self._window + 1)
             if num_new:
                 self.waiting.charge(sequence, num_new)
-                emitted.append(sequence)
             if sequence.finish:
                 self._end(sequence)
-        return emitted
 
     def _admit(self) -> dict[Sequence, Copy]:
         copies: dict[Sequence, Copy] = {}

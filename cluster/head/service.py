@@ -229,16 +229,18 @@ class HeadService(head_pb2_grpc.HeadServicer):
         assert self._grammars is not None, "checked by _submit"
         if not compiling.is_wanted(request_id):
             return  # aborted while it waited for its turn
-        refusal = ""
+        event = None
         try:
             sequence.follow(self._grammars.compile(spec).matcher(), self._grammars.end_ids)
         except GrammarError as error:
-            refusal = str(error)
+            event = Event(request_id, error=str(error), is_refusal=True, param="grammar")
         except Exception as error:
+            # No fault of the grammar, such as want of memory: another head may compile it.
             logger.exception("%s: a grammar could not be compiled", self._identity.name)
-            refusal = f"the grammar could not be compiled: {type(error).__name__}: {error}"
-        if refusal:
-            event = Event(request_id, error=refusal, is_refusal=True, param="grammar")
-            compiling.end(request_id, lambda: outbox.put([event]))
+            failure = f"the grammar could not be compiled: {type(error).__name__}: {error}"
+            event = Event(request_id, error=failure)
+        if event is not None:
+            news = [event]
+            compiling.end(request_id, lambda: outbox.put(news))
         else:
             compiling.end(request_id, lambda: self._engine.submit(outbox, request_id, sequence))

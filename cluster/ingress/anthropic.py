@@ -194,15 +194,16 @@ class MessagesReplies:
 
     def delta(self, _index: int, delta: TextDelta) -> Iterator[bytes]:
         self._take(delta)
-        if delta.text:
-            if not self._is_in_text:
-                yield from self._begin(TextBlock(text=""))
-            yield self._news("text_delta", text=delta.text)
-        for call in delta.tool_calls:
-            if call.id is not None:
-                yield from self._begin(_block(replace(call, arguments="")))
-            if call.arguments:
-                yield self._news("input_json_delta", partial_json=call.arguments)
+        for piece in delta.in_order():
+            if isinstance(piece, str):
+                if not self._is_in_text:
+                    yield from self._begin(TextBlock(text=""))
+                yield self._news("text_delta", text=piece)
+                continue
+            if piece.id is not None:
+                yield from self._begin(_block(replace(piece, arguments="")))
+            if piece.arguments:
+                yield self._news("input_json_delta", partial_json=piece.arguments)
 
     def closing(self) -> Iterator[bytes]:
         if not self._num_blocks:

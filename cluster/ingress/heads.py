@@ -12,7 +12,7 @@ from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from functools import partial
 
 from cluster import rpc
-from cluster.errors import ConfigurationError, HeadUnavailableError
+from cluster.errors import ConfigurationError, HeadUnavailableError, RequestError
 from cluster.ingress.choice import block_keys, cost
 from cluster.ingress.connection import HeadConnection, OpenChannel
 from cluster.ingress.journal import Journal
@@ -95,7 +95,7 @@ class HeadPool:
                             tries.progress()
                             yield token_ids
                     return
-                except HeadUnavailableError as error:
+                except (HeadUnavailableError, RequestError) as error:
                     self._again_after(error, head, tries)
                 finally:
                     self._remember(head, journal)
@@ -111,7 +111,7 @@ class HeadPool:
                 head = await self._chosen(prompt_ids, "", tries)
                 try:
                     return await head.classify(prompt_ids, client, tries.failed_at)
-                except HeadUnavailableError as error:
+                except (HeadUnavailableError, RequestError) as error:
                     self._again_after(error, head, tries)
 
     async def close(self) -> None:
@@ -134,7 +134,9 @@ class HeadPool:
                 await stack.enter_async_context(self._one_suspect)
             yield stack
 
-    def _again_after(self, error: HeadUnavailableError, head: HeadConnection, tries: Tries) -> None:
+    def _again_after(
+        self, error: HeadUnavailableError | RequestError, head: HeadConnection, tries: Tries
+    ) -> None:
         """Note that a head did not finish a request; raises when that was the last try."""
         cause = tries.again_after(error, head.head)
         self._metrics.observe_replay(cause)

@@ -5,7 +5,7 @@ Nothing is stored, so every request brings its whole conversation.
 
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request
@@ -18,7 +18,7 @@ from cluster.ingress.document import GENERATION, STREAMED
 from cluster.ingress.door import client_of, conversation, reply, told_by
 from cluster.ingress.logprobs import chat_logprobs
 from cluster.ingress.prepare import Work
-from cluster.ingress.text import TextDelta, joined
+from cluster.ingress.text import TextDelta, in_order, joined
 from cluster.ingress.tool_calls import CallDelta
 from cluster.schema import (
     ChatCompletionRequest,
@@ -155,9 +155,13 @@ class ResponsesReplies:
 
     def whole(self, answer: TextDelta) -> Response:
         """The response, when all of the answer is there."""
+        return self._whole([answer])
+
+    def _whole(self, deltas: Sequence[TextDelta]) -> Response:
+        answer = joined(deltas)
         is_cut = answer.finish == "length"
         response = self._response("incomplete" if is_cut else "completed")
-        response.output = self._items(answer)
+        response.output = self._items(deltas)
         if is_cut:
             response.incomplete_details = IncompleteDetails()
         else:
@@ -181,26 +185,27 @@ class ResponsesReplies:
 
     def delta(self, _index: int, delta: TextDelta) -> Iterator[bytes]:
         self._deltas.append(delta)
-        if delta.text and not isinstance(self._open, OutputMessage):
-            yield from self._begin_message()
         logprobs = chat_logprobs(delta.reports).content
-        if (delta.text or logprobs) and isinstance(self._open, OutputMessage):
-            yield self._part_event(
-                "response.output_text.delta", delta=delta.text, logprobs=logprobs
-            )
-        for call in delta.tool_calls:
-            if call.id is not None:
-                yield from self._begin(_call(call, "in_progress"))
-            if call.arguments:
+        if logprobs and not delta.text and isinstance(self._open, OutputMessage):
+            yield self._part_event("response.output_text.delta", delta="", logprobs=logprobs)
+        for piece in delta.in_order():
+            if isinstance(piece, str):
+                if not isinstance(self._open, OutputMessage):
+                    yield from self._begin_message()
+                yield self._part_event("response.output_text.delta", delta=piece, logprobs=logprobs)
+                continue
+            if piece.id is not None:
+                yield from self._begin(_call(piece, "in_progress"))
+            if piece.arguments:
                 yield self._item_event(
-                    "response.function_call_arguments.delta", delta=call.arguments
+                    "response.function_call_arguments.delta", delta=piece.arguments
                 )
 
     def closing(self) -> Iterator[bytes]:
         if not self._num_items:
             yield from self._begin_message()
         yield from self._finish()
-        response = self.whole(joined(self._deltas))
+        response = self._whole(self._deltas)
         yield self._event(f"response.{response.status}", response=response)
 
     def failure(self, error: RequestError) -> Iterator[bytes]:
@@ -209,7 +214,8 @@ class ResponsesReplies:
         yield self._event("response.failed", response=failed)
 
     def _begin_message(self) -> Iterator[bytes]:
-        yield from self._begin(OutputMessage(id=self._message_id, status="in_progress", content=[]))
+        message_id = f"{self._message_id}{self._num_items or ''}"
+        yield from self._begin(OutputMessage(id=message_id, status="in_progress", content=[]))
         yield self._part_event("response.content_part.added", part=OutputText(text=""))
 
     def _begin(self, item: OutputItem) -> Iterator[bytes]:
@@ -223,7 +229,7 @@ class ResponsesReplies:
     def _finish(self) -> Iterator[bytes]:
         """Tell all of the item that is open."""
         index = self._num_items - 1
-        item = self._items(joined(self._deltas))[index]
+        item = self._items(self._deltas)[index]
         if isinstance(item, OutputMessage):
             (part,) = item.content
             yield self._part_event(
@@ -236,14 +242,20 @@ class ResponsesReplies:
             )
         yield self._event("response.output_item.done", output_index=index, item=item)
 
-    def _items(self, answer: TextDelta) -> list[OutputItem]:
-        """What an answer consists of; only its last item can be cut off."""
+    def _items(self, deltas: Sequence[TextDelta]) -> list[OutputItem]:
+        """What an answer consists of, in the order in which it came; only its last item can be cut
+        off. The first message has all reports of tokens.
+        """
         items: list[OutputItem] = []
-        if answer.text or not answer.tool_calls:
-            part = OutputText(text=answer.text, logprobs=chat_logprobs(answer.reports).content)
-            items.append(OutputMessage(id=self._message_id, status="completed", content=[part]))
-        items += [_call(call, "completed") for call in answer.tool_calls]
-        if answer.finish == "length":
+        reports = tuple(each for delta in deltas for each in delta.reports)
+        for part in in_order(deltas) or [""]:
+            if isinstance(part, CallDelta):
+                items.append(_call(part, "completed"))
+                continue
+            content = [OutputText(text=part, logprobs=chat_logprobs(reports).content)]
+            message_id, reports = f"{self._message_id}{len(items) or ''}", ()
+            items.append(OutputMessage(id=message_id, status="completed", content=content))
+        if deltas and deltas[-1].finish == "length":
             items[-1].status = "incomplete"
         return items
 

@@ -1,7 +1,7 @@
 """Token ids of one choice to what its reader gets, as it comes: text, and reports of its tokens."""
 
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -56,6 +56,15 @@ class TextDelta:
     token_ids: tuple[int, ...] = ()
     tool_calls: tuple[CallDelta, ...] = ()
 
+    def in_order(self) -> Iterator[str | CallDelta]:
+        """What goes on with the call before, then the text, then calls that begin."""
+        begin = next((n for n, call in enumerate(self.tool_calls) if call.id is not None), None)
+        yield from self.tool_calls[:begin]
+        if self.text:
+            yield self.text
+        if begin is not None:
+            yield from self.tool_calls[begin:]
+
 
 def joined(deltas: Iterable[TextDelta]) -> TextDelta:
     """All deltas of a choice, of which the last has its end, as one."""
@@ -68,6 +77,18 @@ def joined(deltas: Iterable[TextDelta]) -> TextDelta:
         tuple(each for delta in deltas for each in delta.token_ids),
         _whole_calls(each for delta in deltas for each in delta.tool_calls),
     )
+
+
+def in_order(deltas: Iterable[TextDelta]) -> list[str | CallDelta]:
+    """The texts and calls of a choice, each in one piece, in the order in which they came."""
+    parts: list[str | CallDelta] = []
+    pieces = (piece for delta in deltas for piece in delta.in_order())
+    for _, group in groupby(pieces, key=lambda each: -1 if isinstance(each, str) else each.index):
+        own = list(group)
+        texts = [each for each in own if isinstance(each, str)]
+        calls = [each for each in own if not isinstance(each, str)]
+        parts += ["".join(texts)] if texts else _whole_calls(calls)
+    return parts
 
 
 def _whole_calls(deltas: Iterable[CallDelta]) -> tuple[CallDelta, ...]:

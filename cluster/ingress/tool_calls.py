@@ -4,8 +4,8 @@ A model of Mistral's writes a marker, then a JSON list:
 
     [TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Nice"}}, ...]
 
-Calls in that form are told while they are written. What is written otherwise is told at the end:
-as calls where it can be read as such, else as the text that it is.
+Calls in that form are told while they are written. What is written otherwise, or behind them, is
+told at the end: as calls where it can be read as such, else as the text that it is.
 """
 
 import json
@@ -23,9 +23,12 @@ _HEAD = re.compile(r'\s*{\s*"name"\s*:\s*"([^"\\]*)"\s*,\s*"arguments"\s*:\s*(?=
 _FIRST_HEAD = re.compile(r"\s*\[" + _HEAD.pattern)
 _TAIL = re.compile(r'\s*(?:,\s*"id"\s*:\s*"[^"\\]*"\s*)?}\s*([,\]])')
 
-_State = Literal["content", "head", "arguments", "tail", "ended"]
+_BRACKETS = " \t\r\n{}[],"
+"""What is left of a list of calls that is told, or was cut off between them."""
+
+_State = Literal["content", "head", "arguments", "tail", "behind", "dropped"]
 """Where a reader is: before the marker; before a call's arguments; in them; behind them; behind the
-last call, where nothing is told any more."""
+list of calls; in calls that are not wanted."""
 
 
 def new_call_id() -> str:
@@ -93,23 +96,27 @@ class CallReader:
                     calls += self._read_arguments()
                 case "tail":
                     self._read_tail()
-                case "ended":
+                case "behind":
+                    pass
+                case "dropped":
                     self._take(len(self._held))
         return content, calls
 
     def flush(self) -> tuple[str, list[CallDelta]]:
-        """What was held back, when no text follows any more.
-
-        Of a later call that was only begun nothing is told: the answer was cut off there.
-        """
+        """What was held back, when no text follows any more."""
         held = self._take(len(self._held))
         if self._state == "content":
             return held, []
-        if self._state != "head" or self.num_calls:
-            return "", []
-        calls = self._read_otherwise(held)
-        self.num_calls = len(calls)
-        return ("", calls) if calls else (self._marker + held, [])
+        if not self.num_calls:
+            calls = self._read_otherwise(held) or None
+            text = self._marker + held
+        else:
+            calls = self._read_rest(held)
+            text = held if held.strip(_BRACKETS) else ""
+        if calls is None:
+            return text, []
+        self.num_calls += len(calls)
+        return "", calls
 
     def _take(self, num_characters: int) -> str:
         taken, self._held = self._held[:num_characters], self._held[num_characters:]
@@ -160,19 +167,35 @@ class CallReader:
         found = _TAIL.match(self._held)
         if found is not None:
             self._take(found.end())
-            self._state = "head" if found[1] == "," and not self._rules.only_one else "ended"
+            if found[1] == "]":
+                self._state = "behind"
+            else:
+                self._state = "dropped" if self._rules.only_one else "head"
 
-    def _read_otherwise(self, text: str) -> list[CallDelta]:
-        """Calls in another form of JSON than the usual one; none if one of them is none."""
+    def _read_otherwise(self, text: str) -> list[CallDelta] | None:
+        """Calls in another form of JSON than the usual one; None if one of them is none."""
         try:
             given = json.loads(text)
         except (ValueError, RecursionError):
-            return []
-        calls = [self._call(each) for each in (given if isinstance(given, list) else [given])]
+            return None
+        return self._calls(given if isinstance(given, list) else [given])
+
+    def _read_rest(self, text: str) -> list[CallDelta] | None:
+        """The same of what follows a call that has been told."""
+        begun = {"tail": '[{"": 0', "head": "[0,"}.get(self._state)
+        try:
+            given = json.loads(begun + text) if begun else None
+        except (ValueError, RecursionError):
+            return None
+        return None if given is None else self._calls(given[1:])
+
+    def _calls(self, given: list[Any]) -> list[CallDelta] | None:
+        """Those that are wanted beside the calls told already; None if one of them is none."""
+        calls = [self._call(each) for each in given]
         if not all(calls):
-            return []
-        kept = calls[:1] if self._rules.only_one else calls
-        return [replace(call, index=index) for index, call in enumerate(kept) if call]
+            return None
+        kept = calls[: 1 - self.num_calls] if self._rules.only_one else calls
+        return [replace(call, index=n) for n, call in enumerate(kept, self.num_calls) if call]
 
     def _call(self, given: Any) -> CallDelta | None:
         """A whole call of what was read, or None if it is none."""

@@ -6,9 +6,17 @@
    fault (no way to a worker, a broken device), or its neighbours'; what fails again is the
    request's own fault, or the whole cluster's, and another try would not help.
 3. The head is about to stop: replayed, and not counted, since every head stops only once.
+4. The head refuses a replay, and names no parameter at fault: as if it had failed. Another head
+   took the request, so it is this one that is too small for it.
 """
 
-from cluster.errors import HeadDrainsError, HeadFailedError, HeadLostError, HeadUnavailableError
+from cluster.errors import (
+    HeadDrainsError,
+    HeadFailedError,
+    HeadLostError,
+    HeadUnavailableError,
+    RequestError,
+)
 from cluster.placement import HeadInfo
 
 MAX_LOST_IN_A_ROW = 3
@@ -27,6 +35,7 @@ class Tries:
         """What a head said that failed."""
         self.failed_at: HeadInfo | None = None
         """Which head that was."""
+        self._is_replay = False
         self._num_lost = 0
         self._num_lost_in_a_row = 0
 
@@ -38,11 +47,17 @@ class Tries:
         """New tokens have come."""
         self._num_lost_in_a_row = 0
 
-    def again_after(self, error: HeadUnavailableError, head: HeadInfo) -> str:
+    def again_after(self, error: HeadUnavailableError | RequestError, head: HeadInfo) -> str:
         """Note that this head did not finish it; returns why, in a word: lost, failed or moved.
 
-        Raises HeadUnavailableError when it must not be tried again.
+        Raises HeadUnavailableError when it must not be tried again, or RequestError when it never
+        could have worked.
         """
+        if isinstance(error, RequestError):
+            if error.param is not None or not self._is_replay:
+                raise error
+            error = HeadFailedError(f"{head.name} refuses what was begun: {error.message}")
+        self._is_replay = True
         match error:
             case HeadDrainsError():
                 return "moved"

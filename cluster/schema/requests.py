@@ -96,25 +96,41 @@ values that ask for nothing. Any other value is refused rather than silently ign
 
 IGNORED = frozenset(
     {
+        "access_programs",
+        "background_options",
+        "cache_control",
+        "context_management",
         "detokenize",
+        "diagnostics",
         "early_stopping",
+        "image",
+        "inference_geo",
         "kv_transfer_params",
         "length_penalty",
         "metadata",
+        "moderation",
+        "output_config",
         "prediction",
         "prompt_cache_key",
+        "prompt_cache_options",
         "prompt_cache_retention",
+        "reasoning",
         "reasoning_effort",
         "request_id",
         "safety_identifier",
         "service_tier",
+        "speed",
         "store",
         "stream_interval",
+        "stream_options",
+        "user_profile_id",
         "verbosity",
         "vllm_xargs",
+        "workspace_id",
     }
 )
-"""Fields of OpenAI's and vLLM's that are ignored like unknown ones, but counted by name."""
+"""Fields of OpenAI's, Anthropic's and vLLM's that are ignored like unknown ones where an API does
+not take them, but counted by name."""
 
 NOT_SUPPORTED_TO_CLASSIFY: dict[str, tuple[Any, ...]] = {
     "activation": (True,),

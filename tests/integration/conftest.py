@@ -15,6 +15,7 @@ from cluster.app import free_port
 from cluster.client import Client
 from model import TINY
 from model.weights import Checkpoint
+from tests import faults
 from tests.integration.workers import WorkerServer
 
 START_TIMEOUT_S = 120
@@ -55,7 +56,10 @@ class Service:
         return Client(self.url, timeout=60, max_retries=0)
 
     def stop(self, signum: int = signal.SIGTERM) -> int:
-        """Ask it to stop and wait for the end; returns its exit code."""
+        """Ask it to stop and wait for the end; returns its exit code.
+
+        One that hangs is killed with all that it has started, and the test fails.
+        """
         if signum == signal.SIGINT:
             os.killpg(self.process.pid, signum)
         else:
@@ -63,7 +67,8 @@ class Service:
         try:
             return self.process.wait(timeout=60)
         finally:
-            self.process.kill()
+            if self.process.poll() is None:
+                faults.kill_all(self.process.pid)
 
     def _read(self) -> None:
         assert self.process.stdout is not None

@@ -6,11 +6,13 @@ import queue
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import grpc
 import pytest
 import torch
 import transformers
+from torch import Tensor
 
 from cluster import PROTOCOL_VERSION, rpc, wire
 from cluster.errors import ExpertFailedError, ExpertsUnavailableError, HandshakeError
@@ -20,7 +22,7 @@ from cluster.head.probe import pass_through_every_expert
 from cluster.head.stream import WorkerStream
 from cluster.placement import held_by
 from model import TINY, Mixtral
-from model.experts import Assignments, Experts, LocalExperts
+from model.experts import Assignments, Experts, LocalExperts, weighted_sums
 from model.sampling_params import SamplingParams
 from model.units import Unit
 from model.weights import Checkpoint
@@ -332,6 +334,30 @@ def test_where_an_expert_has_one_copy_what_it_cannot_compute_fails_at_once(
             with_experts(mixtral, remote).logits(prompt)
     # what the other worker had answered meanwhile is not taken for the next step's
     assert (with_experts(mixtral, remote).logits(prompt) - expected).abs().max() <= 1e-4
+
+
+def test_a_worker_ends_when_it_can_compute_nothing_any_more(
+    mixtral: Mixtral,
+    remote: RemoteExperts,
+    two_workers: list[WorkerServer],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An error of CUDA's stays; what only some rows, or too many of them, cause does not count."""
+    are_all_failing = False
+
+    def compute(held: Any, x_RD: Tensor, assignments: Assignments) -> Tensor:
+        if are_all_failing or x_RD.any():
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return weighted_sums(held, x_RD, assignments)
+
+    monkeypatch.setattr("cluster.expert.batcher.weighted_sums", compute)
+    with pytest.raises(ExpertFailedError, match="illegal memory access"):
+        with_experts(mixtral, remote).logits([1, 5, 9])
+    assert [worker.num_broken for worker in two_workers] == [0, 0]
+    are_all_failing = True
+    with pytest.raises(ExpertFailedError, match="illegal memory access"):
+        with_experts(mixtral, remote).logits([1, 5, 9])
+    assert any(worker.num_broken for worker in two_workers)
 
 
 def test_a_peer_of_another_version_is_refused_with_both_named(channel: grpc.Channel) -> None:

@@ -48,6 +48,8 @@ class WorkerServer:
         self.held = held = checkpoint.load_experts(
             checkpoint.config.expert_units if units is None else units
         )
+        self.num_broken = 0
+        """How often it would have ended since it could compute nothing any more."""
         self._checksums = {unit: checksum(weights) for unit, weights in held.items()}
         self.metrics = WorkerMetrics()
         self.identity = rpc.Identity(
@@ -61,6 +63,7 @@ class WorkerServer:
             self.identity,
             self.metrics,
             self._drop_if_damaged,
+            self._end_broken,
         )
         self.server, self.address = rpc.new_server(
             "127.0.0.1", security, self.metrics.observe_refusal
@@ -73,6 +76,9 @@ class WorkerServer:
         if is_damaged:
             del self.held[unit]
         return is_damaged
+
+    def _end_broken(self) -> None:
+        self.num_broken += 1
 
     @property
     def info(self) -> WorkerInfo:

@@ -4,11 +4,24 @@ import asyncio
 import logging
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
+from anthropic.types import message_create_params
+from anthropic.types.message_count_tokens_params import MessageCountTokensParams
+from openai.types import completion_create_params
+from openai.types.chat import completion_create_params as chat_params
+from openai.types.responses import response_create_params
 
-from cluster.schema import IGNORED, MAX_CHOICES
+from cluster.schema import (
+    IGNORED,
+    MAX_CHOICES,
+    ChatCompletionRequest,
+    CompletionRequest,
+    ModelRequest,
+)
+from cluster.schema.anthropic import CountTokensRequest, MessagesRequest
+from cluster.schema.responses import ResponsesRequest
 from tests.api_fakes import (
     BOTH,
     CHAT,
@@ -234,3 +247,42 @@ def test_ignored_fields_are_counted_by_names_from_a_fixed_set(
 
     assert (counted("store"), counted("other"), counted("one")) == (1, 2, None)
     assert [record.message for record in caplog.records] == ["ignored fields: store, one, two"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (COMPLETIONS, {"prompt": "the wind"}),
+        (CHAT, {"messages": [USER]}),
+        ("/v1/responses", {"input": "the wind"}),
+        ("/v1/messages", {"messages": [USER], "max_tokens": 2}),
+        ("/v1/messages/count_tokens", {"messages": [USER]}),
+    ],
+)
+def test_every_api_counts_what_it_ignores_once(api: Api, path: str, body: dict[str, Any]) -> None:
+    fields = {"moderation": {"model": "m"}, "context_management": [{"type": "t"}], "new": 1}
+    assert api.post(path, body | fields).status_code == 200
+    counted = {
+        field: api.metrics.registry.get_sample_value(
+            "maestrale_ignored_fields_total", {"field": field}
+        )
+        for field in ("moderation", "context_management", "other")
+    }
+    assert counted == {"moderation": 1, "context_management": 1, "other": 1}
+
+
+@pytest.mark.parametrize(
+    ("asked", "params"),
+    [
+        (CompletionRequest, completion_create_params.CompletionCreateParamsNonStreaming),
+        (ChatCompletionRequest, chat_params.CompletionCreateParamsNonStreaming),
+        (ResponsesRequest, response_create_params.ResponseCreateParamsNonStreaming),
+        (MessagesRequest, message_create_params.MessageCreateParamsNonStreaming),
+        (CountTokensRequest, MessageCountTokensParams),
+    ],
+)
+def test_each_field_of_the_official_clients_is_taken_refused_or_counted_by_name(
+    asked: type[ModelRequest], params: type
+) -> None:
+    known = asked.model_fields.keys() | asked.not_supported.keys() | IGNORED
+    assert get_type_hints(params).keys() - known == set()

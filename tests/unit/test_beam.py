@@ -13,6 +13,7 @@ from model.beam import Beam, BeamParams, BeamSearch
 from model.chat import Message
 from model.errors import PromptError, SamplingError
 from model.sampling_params import SamplingParams
+from model.stop import TextStream
 from tests.reference import configs, load_ours, pad_left, save_reference
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=30, stop_token_ids=(2,))
@@ -177,6 +178,24 @@ def test_texts_of_beams_come_best_first_and_without_the_stop_string(mixtral: Mix
     stopped = mixtral.generate(prompt, num_return_sequences=3, stop="little", **fields)
     assert len(stopped) == 3
     assert not any("little" in text for text in stopped)
+
+
+def test_each_candidates_text_is_read_a_token_at_a_time(
+    mixtral: Mixtral, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of it each time would cost the more the longer it is."""
+    num_pushed, push = 0, TextStream.push
+
+    def counted(text: TextStream, token_id: int) -> str:
+        nonlocal num_pushed
+        num_pushed += 1
+        return push(text, token_id)
+
+    monkeypatch.setattr(TextStream, "push", counted)
+    fields: dict[str, Any] = {"max_tokens": 40, "num_beams": 2, "stop": "no such text"}
+    mixtral.generate("Once upon a time", **fields)
+    num_candidates = 2 * 2
+    assert num_pushed <= 40 * (num_candidates + 1)
 
 
 def test_what_cannot_be_searched_is_refused_by_name(mixtral: Mixtral) -> None:

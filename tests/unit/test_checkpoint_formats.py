@@ -105,7 +105,7 @@ def all_weights(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
         for name in ("attention_norm_D", "wqkv", "wo", "experts_norm_D", "gate_ED"):
             yield f"layer {number} {name}", getattr(layer, name)
         for expert_id in range(4):
-            weights = checkpoint.load_expert(number, expert_id)
+            weights = checkpoint.load_unit(Unit(number, expert_id))
             yield f"layer {number} expert {expert_id} w13", weights.w13_2FD
             yield f"layer {number} expert {expert_id} w2", weights.w2_DF
 
@@ -173,7 +173,7 @@ def test_what_transformers_saves_is_read_in_both_its_formats(
     theirs = model.state_dict()
     for layer in range(2):
         for expert_id in range(4):
-            ours = checkpoint.load_expert(layer, expert_id)
+            ours = checkpoint.load_unit(Unit(layer, expert_id))
             name = f"model.layers.{layer}.mlp.experts"
             assert ours.w13_2FD.equal(theirs[f"{name}.gate_up_proj"][expert_id])
             assert ours.w2_DF.equal(theirs[f"{name}.down_proj"][expert_id])
@@ -201,7 +201,7 @@ def test_a_worker_reads_its_own_expert_of_a_fused_tensor_alone(
     checkpoint = Checkpoint(write_checkpoint(tmp_path, CONFIG, stored))
     checkpoint.load_experts([Unit(1, 1), Unit(1, 3)])
     with pytest.raises(CheckpointError, match="gate_up_proj holds values that are not finite"):
-        checkpoint.load_expert(1, 2)
+        checkpoint.load_unit(Unit(1, 2))
 
 
 @every_layout
@@ -213,7 +213,7 @@ def test_bytes_to_load_are_known_before(
     checkpoint.load_decoder(arrived.append)
     assert sum(arrived) == checkpoint.decoder_bytes
     arrived.clear()
-    checkpoint.load_expert(0, 0, arrived.append)
+    checkpoint.load_unit(Unit(0, 0), arrived.append)
     assert sum(arrived) == checkpoint.expert_bytes
 
 
@@ -253,7 +253,7 @@ def test_a_shard_with_a_tensor_that_the_index_hides_is_refused(
 def test_harmless_surplus_is_left_alone(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
     inv_freq = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(3)}
     per_expert(tmp_path, tensors | inv_freq)
-    assert Checkpoint(tmp_path).load_expert(0, 0)
+    assert Checkpoint(tmp_path).load_unit(Unit(0, 0))
 
 
 def test_a_copy_of_tied_embeddings_is_left_alone(
@@ -426,7 +426,7 @@ def test_a_file_that_is_cut_after_it_was_opened_is_refused(
     tmp_path: Path, tensors: dict[str, Tensor]
 ) -> None:
     checkpoint = Checkpoint(per_expert(tmp_path, tensors))
-    checkpoint.load_expert(0, 0)
+    checkpoint.load_unit(Unit(0, 0))
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:5000])
     with pytest.raises(CheckpointError, match=r"model\.safetensors: the file ends within"):

@@ -224,6 +224,15 @@ def test_text_before_a_call_is_a_block_of_its_own(caller: Api) -> None:
     assert [start.content_block.type for start in starts] == ["text", "tool_use", "tool_use"]
 
 
+def test_text_behind_a_call_is_a_block_of_its_own(caller: Api) -> None:
+    caller.engine.script = lambda journal: [*caller.tokenizer.encode(f"{CALLS} done"), EOS]
+    events = stream(caller, tools=[WEATHER, CLOCK], max_tokens=400)
+    starts = [event for event in events if event.type == "content_block_start"]
+    assert [start.content_block.type for start in starts] == ["tool_use", "tool_use", "text"]
+    deltas = [event.delta for event in events if event.type == "content_block_delta"]
+    assert (deltas[-1].type, deltas[-1].text) == ("text_delta", " done")
+
+
 def test_tools_and_their_results_are_the_conversation_that_chat_has(caller: Api) -> None:
     create(
         caller,

@@ -242,6 +242,21 @@ def test_the_clients_own_stream_helper_reads_text_and_calls(caller: Api) -> None
     assert asyncio.run(ask()) == ["message", "function_call", "function_call"]
 
 
+def test_text_behind_calls_is_a_message_of_its_own_in_a_stream(caller: Api) -> None:
+    said = f"wait {CALLS} done"
+    caller.engine.script = lambda journal: [*caller.tokenizer.encode(said), EOS]
+    events = stream(caller, input="the wind", tools=[WEATHER, CLOCK])
+    items = events[-1].response.output
+    assert [item.type for item in items] == ["message", "function_call", "function_call", "message"]
+    assert [item.content[0].text for item in (items[0], items[3])] == ["wait ", " done"]
+    done = [event.item for event in events if event.type == "response.output_item.done"]
+    assert [item.to_dict() for item in done] == [item.to_dict() for item in items]
+    (plain,) = [
+        i for i in create(caller, input="x", tools=[WEATHER, CLOCK]).output if i.type == "message"
+    ]
+    assert plain.content[0].text == "wait  done"
+
+
 def test_tools_and_their_results_are_the_conversation_that_chat_has(caller: Api) -> None:
     create(
         caller,

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -9,7 +10,14 @@ from cluster.head.engine import Event, Load
 from cluster.head.sequence import Sequence
 from model import Mixtral
 from model.sampling_params import SamplingParams
-from tests.cluster_fakes import BrokenRow, FailingExperts, Head, MemoryOutbox, PoisonedExperts
+from tests.cluster_fakes import (
+    BrokenDevice,
+    BrokenRow,
+    FailingExperts,
+    Head,
+    MemoryOutbox,
+    PoisonedExperts,
+)
 
 VOCAB_SIZE = 2048
 EOS = (2,)
@@ -359,6 +367,36 @@ def test_values_that_are_not_numbers_do_not_spread_over_the_cache(
     head.assert_all_free()
 
 
+def test_an_error_of_one_step_costs_only_its_sequences(
+    mixtral: Mixtral, prompts: list[list[int]], caplog: pytest.LogCaptureFixture
+) -> None:
+    decoder = BrokenDevice(mixtral.decoder, fail_at={2})
+    head, outbox = Head(mixtral, decoder=decoder), MemoryOutbox()
+    head.engine.submit(outbox, 0, Sequence(prompts[0], greedy(5)))
+    with caplog.at_level(logging.CRITICAL), head.running():
+        outbox.wait_for_end(0)
+        head.engine.submit(outbox, 1, Sequence(prompts[0], greedy(5)))
+        outbox.wait_for_end(1)
+    assert "CUDA error" in (outbox.of(0)[-1].error or "")
+    assert outbox.ids(1) == mixtral.generate_ids([prompts[0]], [greedy(5)])[0]
+    head.assert_all_free()
+
+
+def test_an_error_that_stays_ends_the_engine_and_no_request(
+    mixtral: Mixtral, prompts: list[list[int]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Their streams break, and another head goes on with them."""
+    decoder = BrokenDevice(mixtral.decoder, fail_at=range(3, 100))
+    head = Head(mixtral, decoder=decoder)
+    outbox = MemoryOutbox(lambda event: head.engine.stop() if event.error else None)
+    for key in range(3):
+        head.engine.submit(outbox, key, Sequence(prompts[0], greedy(5), cache_salt=str(key)))
+    with caplog.at_level(logging.CRITICAL), pytest.raises(RuntimeError, match="CUDA error"):
+        head.engine.run()
+    assert [len(outbox.ids(key)) for key in range(3)] == [2, 2, 2]
+    assert not any(event.error for event in outbox.events)
+
+
 # --- how busy it is ---
 
 
@@ -421,6 +459,32 @@ def test_an_idle_engine_stops_at_once(mixtral: Mixtral) -> None:
     with head.running():
         pass
     assert head.metrics.steps == []
+
+
+def test_blocks_are_looked_at_seldom_where_that_takes_long(
+    mixtral: Mixtral, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that only a check moves on, by 2 s, and the test."""
+    now, num_checks = 0.0, 0
+    monkeypatch.setattr("cluster.head.engine.time", SimpleNamespace(perf_counter=lambda: now))
+
+    def slow_check() -> None:
+        nonlocal now, num_checks
+        now, num_checks = now + 2.0, num_checks + 1
+
+    engine = Head(mixtral).engine
+    monkeypatch.setattr(engine._scheduler, "check", slow_check)
+    for moment, expected in [(0.0, 1), (201.0, 1), (202.0, 2), (400.0, 2)]:
+        now = moment
+        engine._check_if_due()
+        assert num_checks == expected
+
+
+def test_a_lost_block_ends_an_engine_that_gets_idle(mixtral: Mixtral) -> None:
+    head = Head(mixtral)
+    head.pool.allocate(1)
+    with pytest.raises(AssertionError, match="owners"):
+        head.engine.run()
 
 
 def test_requests_may_come_from_many_threads_at_once(

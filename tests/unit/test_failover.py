@@ -12,7 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.errors import ConfigurationError, HeadFailedError, HeadUnavailableError
+from cluster.errors import (
+    ConfigurationError,
+    HeadFailedError,
+    HeadUnavailableError,
+    RequestError,
+)
 from cluster.ingress.choice import BLOCK_TOKENS
 from cluster.ingress.heads import HeadPool
 from cluster.ingress.journal import Journal, News
@@ -355,6 +360,41 @@ def test_what_the_only_head_cannot_compute_ends_at_once() -> None:
         with pytest.raises(HeadFailedError, match="one: logits are not finite"):
             await told(pool, journal())
         assert head.num_computed == 1
+        await pool.close()
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("num_large", [1, 0])
+def test_what_a_smaller_head_refuses_to_go_on_with_is_no_callers_fault(num_large: int) -> None:
+    async def scenario() -> None:
+        one, small = FakeHead("one"), FakeHead("small", num_free_tokens=0)
+        small.error, small.is_refusal = "30 tokens do not fit into the KV cache", True
+        others = [FakeHead("large", num_free_tokens=0)][:num_large]
+        pool = Network(one, small, *others).pool()
+        await until(lambda: pool.num_ready == 2 + num_large)
+        asked = journal(20)
+        one.die_after = 7
+        if num_large:
+            assert await told(pool, asked) == expected(asked)
+        else:
+            with pytest.raises(HeadUnavailableError, match="small refuses"):
+                await told(pool, asked)
+            assert asked.emitted_ids == expected(asked)[:7]
+        assert small.num_computed == 1
+        await pool.close()
+
+    run(scenario())
+
+
+def test_what_the_first_head_refuses_is_the_callers_fault() -> None:
+    async def scenario() -> None:
+        head = FakeHead("one")
+        head.error, head.is_refusal = "30 tokens do not fit into the KV cache", True
+        pool = Network(head, FakeHead("other")).pool()
+        await until(lambda: pool.num_ready == 2)
+        with pytest.raises(RequestError, match="do not fit"):
+            await told(pool, journal(20))
         await pool.close()
 
     run(scenario())

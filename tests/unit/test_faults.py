@@ -30,6 +30,18 @@ def test_a_killed_process_is_dead_by_that_signal(victim: subprocess.Popen[bytes]
     assert victim.wait(10) == -9
 
 
+def test_a_process_is_killed_with_all_below_it() -> None:
+    child = "import time; print(flush=True); time.sleep(60)"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        (below,) = faults.descendants(process.pid)
+        faults.kill_all(process.pid)
+        assert process.wait(10) == -9
+        assert psutil.wait_procs([below], timeout=10)[1] == []
+
+
 def test_a_paused_process_is_stopped_until_the_end(victim: subprocess.Popen[bytes]) -> None:
     process = psutil.Process(victim.pid)
     with faults.paused(victim.pid):

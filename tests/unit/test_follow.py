@@ -97,6 +97,14 @@ def test_a_controller_that_starts_anew_does_not_make_anybody_forget() -> None:
     assert views == [READY, again]
 
 
+def test_a_controller_that_has_been_replaced_is_not_believed() -> None:
+    """It may go on for a while beside the one that took over; its heads are those of before."""
+    before = replace(READY, version=9, heads=(), placement=Placement(7, (), (), term=1))
+    now = replace(READY, version=2, placement=Placement(1, (), (), term=2))
+    views, _ = seen(before, now, replace(before, version=10), now)
+    assert views == [before, now]
+
+
 def test_another_view_of_the_same_number_is_news() -> None:
     """The versions of a controller that starts anew may by chance be where the last one's were."""
     again = replace(READY, heads=())

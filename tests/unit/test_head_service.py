@@ -122,6 +122,35 @@ def test_a_request_that_is_read_while_its_stream_ends_is_aborted() -> None:
     assert told == [("submit", 1), ("abort", None)]
 
 
+@pytest.mark.parametrize(
+    ("error", "finish", "param"),
+    [
+        (GrammarError("no rule `start`"), head_pb2.FINISH_INVALID, "grammar"),
+        (MemoryError("can't start new thread"), head_pb2.FINISH_ERROR, ""),
+    ],
+)
+def test_only_a_wrong_grammar_is_the_callers_fault(
+    error: Exception, finish: int, param: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Compiler:
+        def compile(self, spec: GrammarSpec) -> Any:
+            raise error
+
+    def requests() -> Iterator[head_pb2.HeadRequest]:
+        grammar = GrammarSpec("regex", "a")
+        yield to_submit(1, Journal((5,), SamplingParams(), grammar=grammar))
+        is_over.wait(DEADLINE_S)
+
+    is_over = threading.Event()
+    caplog.set_level("CRITICAL")
+    stream: Any = service_of(Notes(), Compiler()).Generate(requests(), Call())
+    (event,) = next(message.events for message in stream if message.events)
+    assert (event.finish, event.param) == (finish, param)
+    assert str(error) in event.error
+    is_over.set()
+    stream.close()
+
+
 def test_no_grammar_is_compiled_for_who_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """One at a time here: the second is aborted while the first is compiled."""
     monkeypatch.setattr("cluster.head.service._COMPILING_THREADS", 1)

@@ -12,6 +12,7 @@ from torch import Tensor
 from model.errors import CheckpointError
 from model.inspect import Inspection, inspect
 from model.quantized_copy import save_quantized
+from model.units import Unit
 from model.weights import Checkpoint
 from tests.fakes import (
     fused,
@@ -87,7 +88,7 @@ def test_memory_is_what_loading_keeps(
     arrived: list[int] = []
     checkpoint.load_decoder(arrived.append)
     assert memory[dtype].head_bytes == sum(arrived)
-    assert memory[dtype].expert_bytes == checkpoint.load_expert(0, 0).num_bytes
+    assert memory[dtype].expert_bytes == checkpoint.load_unit(Unit(0, 0)).num_bytes
     assert memory[dtype].worker_bytes == 3 * memory[dtype].expert_bytes  # 8 experts: 3, 3 and 2
 
 
@@ -98,7 +99,7 @@ def test_memory_of_quantised_weights_is_what_quantising_keeps(
     folder = write_checkpoint(tmp_path, CONFIG, tensors)
     memory = {memory.form: memory for memory in inspect(folder).memory}
     checkpoint = Checkpoint(folder, expert_quantization=mode, attention_quantization=mode)
-    assert memory[mode].expert_bytes == checkpoint.load_expert(0, 0).num_bytes
+    assert memory[mode].expert_bytes == checkpoint.load_unit(Unit(0, 0)).num_bytes
     assert memory[mode].head_bytes == memory["float32"].head_bytes  # the checkpoint's own dtype
     arrived: list[int] = []
     checkpoint.load_decoder(arrived.append)

@@ -11,6 +11,7 @@ from model import Mixtral, linear, packed_half
 from model.experts import ExpertWeights, checksum
 from model.linear import Weight
 from model.packed_half import PackedHalfMatrix, packed_if_faster
+from model.units import Unit
 from model.weights import Checkpoint
 from tests.fakes import random_tensors, small_config, write_checkpoint
 from tests.reference import load_ours
@@ -99,7 +100,7 @@ def test_a_checkpoint_of_large_matrices_is_packed_and_says_the_same(
     def weights_and_logits() -> tuple[list[Weight], Tensor]:
         ours = load_ours(folder, mixtral)
         weights = ours.decoder.weights
-        expert = Checkpoint(folder).load_expert(0, 1)
+        expert = Checkpoint(folder).load_unit(Unit(0, 1))
         matrices = [weights.layers[0].wqkv, weights.layers[0].wo, weights.lm_head_VD]
         logits_TV = ours.forward([list(range(1, 12))]).logits_TV
         return [*matrices, expert.w13_2FD, expert.w2_DF], logits_TV

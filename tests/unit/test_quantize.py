@@ -22,6 +22,7 @@ from model.linear import linear
 from model.quantize import MODES, matrix, quantize, quantized, quantized_bytes
 from model.quantized_copy import save_quantized
 from model.steps import whole_pass
+from model.units import Unit
 from model.weights import Checkpoint
 from tests.fakes import mistrals, random_tensors, small_config, write_checkpoint, write_release
 
@@ -196,7 +197,7 @@ def test_resident_bytes_are_a_fraction_of_bfloat16s(
         tiny_folder, dtype=dtype, expert_quantization=mode, attention_quantization=mode
     )
     arrived: list[int] = []
-    weights = checkpoint.load_expert(3, 5, arrived.append)
+    weights = checkpoint.load_unit(Unit(3, 5), arrived.append)
     assert sum(arrived) == weights.num_bytes == checkpoint.expert_bytes
     assert weights.num_bytes <= ratio * 2 * checkpoint.config.num_expert_parameters
     arrived.clear()
@@ -325,8 +326,8 @@ def test_a_part_that_was_tampered_with_is_refused_by_name(
     save_file(parts | {part: change(parts[part].clone()).contiguous()}, file)
     checkpoint = Checkpoint(tmp_path / "copy")
     with pytest.raises(CheckpointError, match=f"experts-000-002.*{part}"):
-        checkpoint.load_expert(0, 2)
-    assert checkpoint.load_expert(0, 1)
+        checkpoint.load_unit(Unit(0, 2))
+    assert checkpoint.load_unit(Unit(0, 1))
 
 
 def test_a_part_missing_or_too_many_is_refused(small: Path, tmp_path: Path) -> None:
@@ -335,10 +336,10 @@ def test_a_part_missing_or_too_many_is_refused(small: Path, tmp_path: Path) -> N
     parts = load_file(file)
     save_file(parts | {"w2.zeros": torch.zeros(1)}, file)
     with pytest.raises(CheckpointError, match=r"w2\.zeros"):
-        Checkpoint(tmp_path / "copy").load_expert(0, 0)
+        Checkpoint(tmp_path / "copy").load_unit(Unit(0, 0))
     save_file({name: part for name, part in parts.items() if name != "w2.scales"}, file)
     with pytest.raises(CheckpointError, match=r"experts-000-000"):
-        Checkpoint(tmp_path / "copy").load_expert(0, 0)
+        Checkpoint(tmp_path / "copy").load_unit(Unit(0, 0))
 
 
 def test_attention_that_was_tampered_with_is_refused_by_name(small: Path, tmp_path: Path) -> None:
@@ -352,7 +353,7 @@ def test_attention_that_was_tampered_with_is_refused_by_name(small: Path, tmp_pa
     file.unlink()
     with pytest.raises(CheckpointError, match="attention-000"):
         Checkpoint(tmp_path / "copy").load_decoder()
-    assert Checkpoint(tmp_path / "copy").load_expert(0, 0)
+    assert Checkpoint(tmp_path / "copy").load_unit(Unit(0, 0))
 
 
 def test_a_cut_or_missing_file_is_refused_by_name(small: Path, tmp_path: Path) -> None:
@@ -360,10 +361,10 @@ def test_a_cut_or_missing_file_is_refused_by_name(small: Path, tmp_path: Path) -
     file = tmp_path / "copy" / "experts-000-003.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match=file.name):
-        Checkpoint(tmp_path / "copy").load_expert(0, 3)
+        Checkpoint(tmp_path / "copy").load_unit(Unit(0, 3))
     file.unlink()
     with pytest.raises(CheckpointError, match=file.name):
-        Checkpoint(tmp_path / "copy").load_expert(0, 3)
+        Checkpoint(tmp_path / "copy").load_unit(Unit(0, 3))
 
 
 @pytest.mark.parametrize(
@@ -438,9 +439,9 @@ def test_only_nf4_needs_bitsandbytes(
     # a head reads everything but the experts, whatever they are
     assert Checkpoint(tmp_path / "copy").load_decoder()
     if not mode.startswith("nf4"):
-        assert Checkpoint(small, expert_quantization=mode).load_expert(0, 0)
+        assert Checkpoint(small, expert_quantization=mode).load_unit(Unit(0, 0))
         return
     with pytest.raises(QuantizationError, match=r"bitsandbytes.*maestrale\[quant\]"):
         Checkpoint(small, expert_quantization=mode)
     with pytest.raises(QuantizationError, match="bitsandbytes"):
-        Checkpoint(tmp_path / "copy").load_expert(0, 0)
+        Checkpoint(tmp_path / "copy").load_unit(Unit(0, 0))

@@ -54,12 +54,12 @@ def scheduler_of(
     return Scheduler(pool, max_running=max_running, max_tokens_per_step=budget)
 
 
-def compute(scheduler: Scheduler, step: Step) -> list[Sequence]:
-    """Commit a step with made-up draws; returns those that got a token."""
+def compute(scheduler: Scheduler, step: Step) -> None:
+    """Commit a step with made-up draws."""
     for chunk in step.chunks:
         if chunk.samples and isinstance(chunk.sequence, Scripted):
             chunk.sequence.append(chunk.sequence.next_draw)
-    return scheduler.commit(step.chunks)
+    scheduler.commit(step.chunks)
 
 
 def step(scheduler: Scheduler) -> list[Chunk]:
@@ -217,10 +217,9 @@ def test_every_law_holds_over_random_runs(
                 chunk.sequence.append(token_id)
                 if not guesses or guesses.pop(0) != token_id:
                     break
-        emitted = scheduler.commit(step.chunks)
+        scheduler.commit(step.chunks)
         scheduler.check()
-        # whoever samples gets tokens, nobody else any; whoever has ended is gone
-        assert emitted == [chunk.sequence for chunk in step.chunks if chunk.samples]
+        # whoever has ended is gone
         for sequence in arrived:
             is_known = sequence in scheduler.running or sequence in scheduler.waiting
             assert is_known == (sequence.finish is None and sequence not in aborted)

@@ -83,7 +83,7 @@ def test_slices_outputs_add_up_to_the_experts(folders: dict[str, Path], num_slic
     checkpoint = Checkpoint(folders["per expert"], dtype=torch.float32)
     units = slices_of(WHOLE, num_slices)
     sums = sum(outputs(checkpoint.load_unit(unit)) for unit in (units[0], *units[1:]))
-    whole = outputs(checkpoint.load_expert(1, 2))
+    whole = outputs(checkpoint.load_unit(Unit(1, 2)))
     torch.testing.assert_close(sums, whole, rtol=TOLERANCE, atol=TOLERANCE)
 
 
@@ -132,7 +132,7 @@ def test_quantised_slices_add_up_to_the_quantised_expert(
         save_quantized(Checkpoint(folder), tmp_path, mode)
         folder = tmp_path
     checkpoint = Checkpoint(folder, dtype=dtype, expert_quantization=mode)
-    whole = checkpoint.load_expert(1, 2)
+    whole = checkpoint.load_unit(Unit(1, 2))
     loaded = [checkpoint.load_unit(unit) for unit in slices_of(WHOLE, 3)]
     sums = sum((outputs(weights, dtype) for weights in loaded[1:]), outputs(loaded[0], dtype))
     # in bfloat16 each slice's output is rounded

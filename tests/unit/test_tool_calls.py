@@ -49,7 +49,20 @@ ANSWERS: list[tuple[str, str, Calls]] = [
     (f"{MARKER} [{ONE}, {WITH_ID}]\n", "", [("weather", ARGUMENTS), ("time", ARGUMENTS)]),
     # cut off by max_tokens
     (f"{MARKER} [{ONE[:-9]}", "", [("weather", ARGUMENTS[:-8])]),
-    (f"{MARKER} [{ONE}, {ONE[:12]}", "", [("weather", ARGUMENTS)]),
+    (f"{MARKER} [{ONE}, {ONE[:12]}", f" {ONE[:12]}", [("weather", ARGUMENTS)]),
+    (f"{MARKER} [{ONE}, ", "", [("weather", ARGUMENTS)]),
+    # with more than is known, and others in another form behind it
+    (f'{MARKER} [{ONE[:-1]}, "type": "function"}}]', "", [("weather", ARGUMENTS)]),
+    (
+        f'{MARKER} [{ONE[:-1]}, "id": 5}}, {{"name": "time"}}]',
+        "",
+        [("weather", ARGUMENTS), ("time", "{}")],
+    ),
+    (
+        f'{MARKER} [{ONE}, {{"arguments": {{}}, "name": "time"}}]',
+        "",
+        [("weather", ARGUMENTS), ("time", "{}")],
+    ),
     # in another order, without a list
     (f'{MARKER} {{"arguments": {{"a": 1}}, "name": "time"}}', "", [("time", '{"a": 1}')]),
     (f'{MARKER} [{{"name": "time"}}]', "", [("time", "{}")]),
@@ -63,6 +76,10 @@ ANSWERS: list[tuple[str, str, Calls]] = [
     (f"{MARKER} no {MARKER} [{ONE}]", f"{MARKER} no ", [("weather", ARGUMENTS)]),
     (f"{MARKER} [{ONE[:20]}", f"{MARKER} [{ONE[:20]}", []),
     (f"{MARKER} [1, 2]", f"{MARKER} [1, 2]", []),
+    (f"{MARKER} [{ONE}, wind]", " wind]", [("weather", ARGUMENTS)]),
+    (f'{MARKER} [{ONE}, {{"name": "x"}}]', ' {"name": "x"}]', [("weather", ARGUMENTS)]),
+    (f"{MARKER} [{ONE}]\nThat is all.", "\nThat is all.", [("weather", ARGUMENTS)]),
+    (f"{MARKER} []", f"{MARKER} []", []),
     (f'{MARKER} [{{"name": ["time"]}}]', f'{MARKER} [{{"name": ["time"]}}]', []),
     (
         f'{MARKER} [{{"name": "unknown", "arguments": {{}}}}]',
@@ -119,6 +136,8 @@ def test_arguments_are_told_while_they_are_written() -> None:
 
 
 def test_only_one_call_is_one_call() -> None:
+    more = f'{MARKER} [{ONE[:-1]}, "id": 5}}, {{"name": "time"}}]'
+    assert read([more], replace(RULES, only_one=True)) == ("", [("weather", ARGUMENTS)])
     rules = replace(RULES, only_one=True)
     assert read([f"{MARKER} [{ONE}, {WITH_ID}]"], rules) == ("", [("weather", ARGUMENTS)])
     assert read([f'{MARKER} [{{"name": "time"}}, {{"name": "time"}}]'], rules) == (

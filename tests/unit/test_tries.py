@@ -7,6 +7,7 @@ from cluster.errors import (
     HeadFailedError,
     HeadLostError,
     HeadUnavailableError,
+    RequestError,
 )
 from cluster.ingress.tries import MAX_LOST, MAX_LOST_IN_A_ROW, SUSPECT_FROM, Tries
 from cluster.placement import HeadInfo
@@ -42,6 +43,14 @@ def test_what_a_head_says_that_failed_is_tried_once_more() -> None:
     again = HeadFailedError("head-2: no room")
     with pytest.raises(HeadFailedError, match="head-2"):
         tries.again_after(again, HeadInfo("head-2", "memory"))
+
+
+def test_a_parameter_at_fault_is_the_callers_whoever_says_so() -> None:
+    tries, error = Tries(), RequestError(400, "the grammar is too costly", param="grammar")
+    assert tries.again_after(LOST, HEAD) == "lost"
+    with pytest.raises(RequestError) as raised:
+        tries.again_after(error, HEAD)
+    assert raised.value is error
 
 
 def test_heads_that_drain_do_not_count() -> None:

@@ -275,7 +275,7 @@ def test_weights_are_those_of_the_files(
         assert actual.equal(tensors[f"{name}.weight"]), name
     for expert_id in range(4):
         expert = f"{prefix}.block_sparse_moe.experts.{expert_id}"
-        weights = checkpoint.load_expert(0, expert_id)
+        weights = checkpoint.load_unit(Unit(0, expert_id))
         w1, w3 = weights.w13_2FD.chunk(2)
         assert w1.equal(tensors[f"{expert}.w1.weight"])
         assert w3.equal(tensors[f"{expert}.w3.weight"])
@@ -330,7 +330,7 @@ def test_a_head_loads_without_any_expert(tmp_path: Path, tensors: dict[str, Tens
     checkpoint = Checkpoint(write_checkpoint(tmp_path, CONFIG, others))
     assert checkpoint.load_decoder().embedding_VD.equal(tensors["model.embed_tokens.weight"])
     with pytest.raises(CheckpointError, match=r"experts\.0\.w1\.weight"):
-        checkpoint.load_expert(0, 0)
+        checkpoint.load_unit(Unit(0, 0))
 
 
 def test_files_that_are_not_asked_for_may_be_missing(
@@ -356,14 +356,14 @@ def test_weights_come_in_the_dtype_asked_for_and_their_bytes_are_counted(
 ) -> None:
     arrived: list[int] = []
     checkpoint = Checkpoint(write_checkpoint(tmp_path, CONFIG, tensors), dtype=dtype)
-    weights = checkpoint.load_expert(0, 0, arrived.append)
+    weights = checkpoint.load_unit(Unit(0, 0), arrived.append)
     assert weights.w13_2FD.dtype == weights.w2_DF.dtype == dtype
     assert sum(arrived) == weights.num_bytes == checkpoint.expert_bytes
 
 
 def test_weights_outlive_their_file(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
     folder = write_checkpoint(tmp_path, CONFIG, tensors)
-    weights = Checkpoint(folder).load_expert(0, 3)
+    weights = Checkpoint(folder).load_unit(Unit(0, 3))
     with (folder / "model.safetensors").open("r+b") as file:
         file.write(bytes((folder / "model.safetensors").stat().st_size))
     assert weights.w2_DF.equal(tensors[W2])
