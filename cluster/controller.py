@@ -166,6 +166,7 @@ class Controller:
         name_of = partial(worker_name, self._app_name)
         # those that a controller before this one has added are still needed, for all it knows
         num_alive = max(await asyncio.to_thread(alive_workers, self._app_name), default=-1) + 1
+        self._set_view(replace(self._view, takes_over=num_alive > 0))
         try:
             sizes, manifest = await asyncio.to_thread(self._read_checkpoint)
             num_workers = max(config.num_workers, min(num_alive, config.most_workers))

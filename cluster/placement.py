@@ -188,6 +188,8 @@ class ClusterView:
     heads_wanted: None: as many as Serve runs now, for the controller does not know yet, or never
              scales.
     scaling: the last change of their number, or of the workers', and why; None before the first.
+    takes_over: whether workers were alive when the controller began, so that it is ready in a
+             moment; None until it has looked.
     """
 
     version: int
@@ -199,6 +201,7 @@ class ClusterView:
     heads_expected: int
     heads_wanted: HeadsWanted | None = None
     scaling: str | None = None
+    takes_over: bool | None = None
 
     @property
     def is_ready(self) -> bool:

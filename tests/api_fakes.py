@@ -193,6 +193,9 @@ class ScriptedEngine:
     def readiness(self) -> Readiness:
         return self.state
 
+    async def settled(self) -> Readiness:
+        return self.state
+
     async def metrics(self) -> str:
         return "# every process\n"
 

@@ -60,6 +60,12 @@ class Engine(Protocol):
         """Whether requests can be served, and how far the start has come."""
         ...
 
+    async def settled(self) -> Readiness:
+        """The same, but not while it is about to change: a service that has been changed is ready
+        again in a moment, and its callers are to notice nothing but that.
+        """
+        ...
+
     async def metrics(self) -> str:
         """Metrics of all processes as text."""
         ...
@@ -92,17 +98,17 @@ class Answerer:
 
     async def completion(self, body: CompletionRequest, client: str) -> Work:
         """Work of a plain completion; client is who asks. Raises RequestError, SamplingError."""
-        self._check(body)
+        await self._check(body)
         return await self.prepared(body, lambda: self.prepare.completion(body, client))
 
     async def chat(self, body: ChatCompletionRequest, client: str) -> Work:
         """Work of a chat completion; client is who asks. Raises RequestError, SamplingError."""
-        self._check(body)
+        await self._check(body)
         return await self.prepared(body, lambda: self.prepare.chat(body, client))
 
     async def classification(self, body: ClassifyRequest) -> list[Sequence[int]]:
         """Ids of what is to be classified. Raises RequestError."""
-        self._check(body)
+        await self._check(body)
         return await self.prepared(body, lambda: self.prepare.classification(body))
 
     async def prepared(self, body: ModelRequest, prepare: Callable[[], T]) -> T:
@@ -168,11 +174,14 @@ class Answerer:
         for name in ignored:
             self._metrics.observe_ignored(name if name in IGNORED else "other")
 
-    def _check(self, body: ModelRequest) -> None:
+    async def _check(self, body: ModelRequest) -> None:
         """Refuse a request that cannot be served, whatever its prompt."""
         self.prepare.check(body)
         self.note_ignored(body)
-        readiness = self.engine.readiness()
+        if self.engine.readiness().ready:
+            return
+        with self._limit.slot():
+            readiness = await self.engine.settled()
         if not readiness.ready:
             raise RequestError(
                 503,

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import os
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -71,6 +71,7 @@ class Ingress:
                 ),
                 metrics,
                 identity,
+                wait_s=config.head_wait_s,
             ),
             tokenizer,
             ChatFormat.from_folder(folder, tokenizer),
@@ -122,13 +123,22 @@ class Cluster:
     """The API's engine: the heads, as the controller last told. Owned by the event loop."""
 
     def __init__(
-        self, controller: Any, heads: HeadPool, metrics: IngressMetrics, identity: rpc.Identity
+        self,
+        controller: Any,
+        heads: HeadPool,
+        metrics: IngressMetrics,
+        identity: rpc.Identity,
+        *,
+        wait_s: float,
     ) -> None:
+        """wait_s: how long a request waits for a controller that takes over from another."""
         self._controller = controller
         self._heads = heads
         self._metrics = metrics
         self._identity = identity
+        self._wait_s = wait_s
         self._view: ClusterView | None = None
+        self._changed = asyncio.Event()
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -186,6 +196,19 @@ class Cluster:
             else [],
         )
 
+    async def settled(self) -> Readiness:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._wait_s):
+                while not self.readiness().ready and self._is_soon_ready:
+                    await self._changed.wait()
+        return self.readiness()
+
+    @property
+    def _is_soon_ready(self) -> bool:
+        """Whether it may well be: the service has been changed, or its controller replaced."""
+        view = self._view
+        return view is None or (view.takes_over is not False and view.error is None)
+
     async def metrics(self) -> str:
         view = self._view
         peers: list[tuple[str, str, str]] = []  # name, address, service
@@ -205,5 +228,7 @@ class Cluster:
     def _on_view(self, view: ClusterView) -> None:
         self._view = view
         self._heads.update(view.heads)
+        self._changed.set()
+        self._changed = asyncio.Event()
         if view.placement is not None:
             self._metrics.observe_placement(view.placement.epoch, view.placement.num_missing)

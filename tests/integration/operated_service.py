@@ -1,6 +1,7 @@
 """A program: serve with two heads, do under streams what an operator does, print what was told.
 
-Workers come and go by settings that change, then Serve stops a head. A program of its own, since it
+A changed file is deployed, workers come and go by settings that change, then Serve stops a head. A
+program of its own, since it
 must be the process that started Ray to reach replicas as Serve does. Prints JSON.
 """
 
@@ -9,9 +10,10 @@ import sys
 
 import ray
 from ray import serve
+from ray.serve.schema import ApplicationStatus
 from ray.util import list_named_actors
 
-from cluster.app import APP_NAME, running
+from cluster.app import APP_NAME, build, running
 from cluster.config import ServeConfig
 from tests.integration.test_service import until
 from tests.streams import prompts, tell_all
@@ -21,6 +23,30 @@ def main(num_streams: int, max_tokens: int) -> None:
     config = ServeConfig(dtype="float32", num_heads=2)
     with running(config, port=0) as client:
         until(lambda: client.cluster.status().heads_ready == 2, "the second head", timeout_s=120)
+        after = 20 * num_streams
+        texts = {}
+        addresses = [worker.address for worker in client.cluster.status().workers]
+        changed = config.model_copy(update={"max_running_sequences": 32})
+
+        def deploy() -> None:
+            # what `serve deploy` of a file does whose `args` have changed: every replica is replaced
+            target = serve.RunTarget(target=build(changed), name=APP_NAME, route_prefix="/")
+            serve.run_many(
+                [target],
+                wait_for_ingress_deployment_creation=False,
+                wait_for_applications_running=False,
+            )
+
+        def is_deployed() -> bool:
+            status = serve.status().applications[APP_NAME].status
+            return status == ApplicationStatus.RUNNING and client.cluster.status().heads_ready == 2
+
+        for when, disturb in (("a file deployed", deploy), ("while it is", lambda: None)):
+            stories = tell_all(client, prompts(num_streams), max_tokens, disturb, after)
+            texts[when] = [story.text for story in stories]
+        until(is_deployed, "all replicas of the changed file", timeout_s=120)
+        kept = [worker.address for worker in client.cluster.status().workers] == addresses
+
         name = next(
             actor["name"]
             for actor in list_named_actors(all_namespaces=True)
@@ -28,8 +54,6 @@ def main(num_streams: int, max_tokens: int) -> None:
         )
         replica = ray.get_actor(name, namespace="serve")
         controller = serve.get_deployment_handle("Controller", APP_NAME)
-        after = 20 * num_streams
-        texts = {}
         for num_workers in (3, 1):
 
             def change(num_workers: int = num_workers) -> None:
@@ -61,7 +85,8 @@ def main(num_streams: int, max_tokens: int) -> None:
             for sample in client.cluster.metrics()
             if sample.name == "maestrale_replays_total"
         }
-    json.dump({"texts": texts, "replays": replays, "refusal": refusal}, sys.stdout)
+    told = {"texts": texts, "replays": replays, "refusal": refusal, "are_workers_kept": kept}
+    json.dump(told, sys.stdout)
 
 
 if __name__ == "__main__":

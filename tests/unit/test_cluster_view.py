@@ -1,5 +1,6 @@
 """What an ingress says of the cluster: by the controller's news, and by what it sees itself."""
 
+import asyncio
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,6 +10,7 @@ from cluster.ingress.deployment import Cluster
 from cluster.metrics import IngressMetrics
 from cluster.placement import ClusterView, HeadInfo, Placement
 from cluster.rpc import Identity
+from tests.cluster_fakes import DEADLINE_S
 
 PLACED = Placement(3, (), ())
 HEADS = (HeadInfo("head", "a:1"),)
@@ -29,7 +31,8 @@ class Pool:
 def cluster(num_ready: int) -> tuple[Cluster, Pool]:
     pool = Pool(num_ready)
     heads: Any = pool
-    return Cluster(None, heads, IngressMetrics(), Identity("ingress", "tiny")), pool
+    identity = Identity("ingress", "tiny")
+    return Cluster(None, heads, IngressMetrics(), identity, wait_s=DEADLINE_S), pool
 
 
 def test_before_any_news_nothing_is_ready() -> None:
@@ -66,3 +69,38 @@ def test_ready_is_where_experts_are_placed_and_a_head_is_there_or_due(
     assert (readiness.phase == "ready") == is_ready
     assert readiness.heads_ready == num_ready
     assert pool.heads == listed
+
+
+BEGUN = replace(STARTING, error=None)
+READY = replace(BEGUN, placement=PLACED, heads=HEADS)
+
+
+@pytest.mark.parametrize(
+    "news",
+    [
+        [replace(BEGUN, takes_over=True), READY],
+        [BEGUN, replace(BEGUN, takes_over=True), READY],  # it has not looked for workers at first
+        [READY],
+    ],
+)
+def test_a_request_waits_for_a_controller_that_takes_over(news: list[ClusterView]) -> None:
+    async def run() -> bool:
+        ingress, _ = cluster(0)
+        asked = asyncio.create_task(ingress.settled())
+        for view in news:
+            await asyncio.sleep(0)
+            assert not asked.done()
+            ingress._on_view(view)
+        return (await asked).ready
+
+    assert asyncio.run(asyncio.wait_for(run(), DEADLINE_S))
+
+
+@pytest.mark.parametrize(
+    "view", [replace(BEGUN, takes_over=False), replace(STARTING, takes_over=True)]
+)
+def test_a_request_is_told_at_once_of_a_start_that_takes_long_or_fails(view: ClusterView) -> None:
+    ingress, _ = cluster(0)
+    ingress._on_view(view)
+    settled = asyncio.run(asyncio.wait_for(ingress.settled(), DEADLINE_S / 2))
+    assert (settled.ready, settled.phase) == (False, "loading experts")
