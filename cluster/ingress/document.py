@@ -36,10 +36,17 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }
 """Of every operation; a door that tells errors otherwise says so on its routes."""
 
+_EVENT = {
+    "type": "object",
+    "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+    "required": ["data"],
+}
+"""Of one event: tools hold each to `schema`, as OpenAPI has no `itemSchema` before 3.2."""
+
 STREAMED: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The whole reply or, with `stream: true`, its chunks as events.",
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "content": {"text/event-stream": {"schema": _EVENT}},
     }
 }
 """Of operations whose reply can be streamed."""

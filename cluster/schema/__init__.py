@@ -1,18 +1,12 @@
-"""What travels over HTTP. Shared by ingress and SDK."""
+"""What travels over HTTP. Shared by ingress and SDK.
 
-from cluster.schema.answer_form import (
-    JsonSchemaFormat,
-    ResponseFormat,
-    StructuredOutputs,
-)
-from cluster.schema.chat import (
-    ChatCompletionRequest,
-    ChatMessage,
-    ContentPart,
-    DetokenizeRequest,
-    Rendering,
-    TokenizeRequest,
-)
+What only requests need is loaded when it is first asked for: the SDK, which must be quick to
+import, needs none of it.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from cluster.schema.replies import (
     RESUMED_TOKENS,
     Alive,
@@ -49,23 +43,6 @@ from cluster.schema.replies import (
     Version,
     WorkerStatus,
 )
-from cluster.schema.requests import (
-    IGNORED,
-    MAX_ALLOWED_TOKENS,
-    MAX_BAD_WORDS,
-    MAX_CHOICES,
-    MAX_DRAFTS,
-    MAX_LOGIT_BIASES,
-    MAX_LOGPROBS,
-    MAX_PRIORITY,
-    MAX_SEED,
-    ClassifyRequest,
-    CompletionRequest,
-    GenerationRequest,
-    ModelRequest,
-    RebalanceRequest,
-    StreamOptions,
-)
 from cluster.schema.tools import (
     MAX_TOOLS,
     FunctionCall,
@@ -76,6 +53,38 @@ from cluster.schema.tools import (
     ToolCallDelta,
     ToolChoice,
 )
+
+if TYPE_CHECKING:
+    from cluster.schema.answer_form import (
+        JsonSchemaFormat,
+        ResponseFormat,
+        StructuredOutputs,
+    )
+    from cluster.schema.chat import (
+        ChatCompletionRequest,
+        ChatMessage,
+        ContentPart,
+        DetokenizeRequest,
+        Rendering,
+        TokenizeRequest,
+    )
+    from cluster.schema.requests import (
+        IGNORED,
+        MAX_ALLOWED_TOKENS,
+        MAX_BAD_WORDS,
+        MAX_CHOICES,
+        MAX_DRAFTS,
+        MAX_LOGIT_BIASES,
+        MAX_LOGPROBS,
+        MAX_PRIORITY,
+        MAX_SEED,
+        ClassifyRequest,
+        CompletionRequest,
+        GenerationRequest,
+        ModelRequest,
+        RebalanceRequest,
+        StreamOptions,
+    )
 
 __all__ = [
     "IGNORED",
@@ -145,3 +154,12 @@ __all__ = [
     "Version",
     "WorkerStatus",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        for part in ("answer_form", "requests", "chat"):
+            module = import_module(f"cluster.schema.{part}")
+            if hasattr(module, name):
+                return getattr(module, name)
+    raise AttributeError(f"module 'cluster.schema' has no attribute {name!r}")

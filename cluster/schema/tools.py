@@ -5,7 +5,7 @@ Only functions are served.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 MAX_TOOLS = 128
 """Functions that a request may offer, and calls that a message may hold."""
@@ -14,7 +14,13 @@ FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
 """As long as OpenAI's Responses API and Anthropic's take them; chat's are half as long there."""
 
 
-class FunctionDefinition(BaseModel):
+class _Part(BaseModel):
+    """Built when first used, like replies, of which some are parts."""
+
+    model_config = ConfigDict(defer_build=True)
+
+
+class FunctionDefinition(_Part):
     """What the model is told of a function."""
 
     name: FunctionName
@@ -32,31 +38,31 @@ class FunctionDefinition(BaseModel):
         return schema
 
 
-class Tool(BaseModel):
+class Tool(_Part):
     """A tool that the model may call."""
 
     type: Literal["function"] = "function"
     function: FunctionDefinition
 
 
-class FunctionChoice(BaseModel):
+class FunctionChoice(_Part):
     name: FunctionName
 
 
-class ToolChoice(BaseModel):
+class ToolChoice(_Part):
     """The one function that must be called."""
 
     type: Literal["function"] = "function"
     function: FunctionChoice
 
 
-class FunctionCall(BaseModel):
+class FunctionCall(_Part):
     name: FunctionName
     arguments: str
     """JSON, as the model wrote it: it may be cut off where max_tokens ends it."""
 
 
-class ToolCall(BaseModel):
+class ToolCall(_Part):
     """A call that the assistant asks for, in a reply and in the history of a later request."""
 
     id: str = Field(min_length=1, max_length=256)
@@ -64,13 +70,13 @@ class ToolCall(BaseModel):
     function: FunctionCall
 
 
-class FunctionCallDelta(BaseModel):
+class FunctionCallDelta(_Part):
     name: str | None = Field(default=None, exclude_if=lambda name: name is None)
     arguments: str = ""
     """What is new of them."""
 
 
-class ToolCallDelta(BaseModel):
+class ToolCallDelta(_Part):
     """What is new of a call. Id, type and name come once, first."""
 
     index: int

@@ -113,6 +113,26 @@ def test_replies_are_as_the_document_says(
     assert_documented(document, method, path, status, response.json(), media)
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (COMPLETIONS, {"prompt": "a"}),
+        (CHAT, {"messages": [USER]}),
+        (RESPONSES, {"input": "the wind"}),
+        (MESSAGES, {"messages": [USER], "max_tokens": 5}),
+    ],
+)
+def test_events_are_as_the_document_says(
+    api: Api, document: Document, path: str, body: Document
+) -> None:
+    told = api.post(path, {**body, "stream": True}).text
+    events = [event.splitlines() for event in told.removesuffix("\n\n").split("\n\n")]
+    assert len(events) > 1
+    for event in events:
+        fields = dict(line.split(": ", 1) for line in event)
+        assert_documented(document, "post", path, 200, fields, "text/event-stream")
+
+
 def test_outages_are_as_the_document_says(api: Api, document: Document) -> None:
     api.engine.script = fails_after(0, HeadUnavailableError("gone"))
     response = api.post(COMPLETIONS, {"prompt": "a"})
