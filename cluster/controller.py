@@ -141,8 +141,8 @@ class Controller:
 
     async def __del__(self) -> None:
         """Called by Serve before it ends the replica: release the workers that are still ours, if
-        the application is to end. The controller of a changed file goes on with them: until it does,
-        their lease keeps them.
+        the application is to end. The controller of a changed file goes on with them, within their
+        lease.
         """
         self._supervisor.cancel()
         if await asyncio.to_thread(self._has_successor):

@@ -29,7 +29,7 @@ def main(num_streams: int, max_tokens: int) -> None:
         changed = config.model_copy(update={"max_running_sequences": 32})
 
         def deploy() -> None:
-            # what `serve deploy` of a file does whose `args` have changed: every replica is replaced
+            # what `serve deploy` of a file with other `args` does: every replica is replaced
             target = serve.RunTarget(target=build(changed), name=APP_NAME, route_prefix="/")
             serve.run_many(
                 [target],

@@ -53,7 +53,9 @@ def test_what_an_operator_changes_costs_no_stream_anything(alone: list[str]) -> 
     )
     assert ended.returncode == 0, ended.stderr
     told = json.loads(ended.stdout.splitlines()[-1])
-    assert told["texts"] == dict.fromkeys(("3 workers", "1 workers", "a head stopped"), alone)
+    changes = ("a file deployed", "while it is", "3 workers", "1 workers", "a head stopped")
+    assert told["texts"] == dict.fromkeys(changes, alone)
+    assert told["are_workers_kept"]
     assert list(told["replays"]) == ["moved"]
     assert "dtype cannot change without a restart" in told["refusal"]
 

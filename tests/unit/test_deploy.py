@@ -13,6 +13,7 @@ from packaging.requirements import Requirement
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.serve.schema import ServeDeploySchema
 
+from cluster import app
 from cluster.config import ServeConfig
 from cluster.metrics import HeadMetrics, IngressMetrics, WorkerMetrics
 from cluster.planning import plan
