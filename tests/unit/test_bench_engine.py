@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from cluster.bench.engine import EnginePlan, EngineReport, measure
 from cluster.bench.engine_report import as_json, profile_tables, rates_table
 from cluster.bench.profile import StepRecorder, mean_parts
-from cluster.errors import BenchError, ConfigurationError
+from cluster.errors import BenchError, ConfigurationError, HeadFailedError
 from cluster.head.stopwatch import Stopwatch
 from cluster.step_stats import PARTS, StepStats
 from model import Mixtral
@@ -114,7 +114,7 @@ def test_a_failing_step_ends_the_benchmark(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_args: object) -> None:
-        raise RuntimeError("out of luck")
+        raise HeadFailedError("out of luck")
 
     monkeypatch.setattr(LocalExperts, "dispatch", fail)
     with pytest.raises(BenchError, match=r"decode 1 with 0 workers.*out of luck"):
