@@ -53,6 +53,21 @@ def test_a_product_is_exact_to_the_rows_dtype(
     )
 
 
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+def test_a_matrix_has_a_block_for_every_thread(
+    num_threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)
+    monkeypatch.setattr(packed_half, "_MIN_BLOCK_WEIGHTS", 32 * 70)
+    torch.manual_seed(0)
+    weight_OI, x_RI = torch.randn(90, 70).bfloat16(), torch.randn(5, 70).bfloat16()
+    matrix = packed(weight_OI)
+    assert len(matrix.blocks) == num_threads
+    expected_RO = x_RI.double() @ weight_OI.double().T
+    torch.testing.assert_close(matrix.linear(x_RI).double(), expected_RO, rtol=2**-8, atol=1e-4)
+    assert packed(torch.ones(3, 70, dtype=torch.bfloat16)).blocks[1:] == []
+
+
 @pytest.mark.parametrize("scale", [2.0**-9, 2.0**17])
 def test_weights_that_float16_would_spoil_stay_as_they_are(scale: float) -> None:
     weight = (torch.rand(8, 8) * scale).bfloat16()

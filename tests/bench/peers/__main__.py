@@ -159,8 +159,11 @@ def tasks_of(engines: Sequence[Engine], plan: Plan, arguments: argparse.Namespac
             if kind not in arguments.kinds or precision not in arguments.precisions:
                 continue
             for engine in engines:
-                has_it = precision in engine.precisions
-                if has_it and (kind == "engine" or engine.server(plan, precision, 0)):
+                if precision not in engine.precisions:
+                    continue
+                # what HTTP adds is the same at each precision
+                is_served = precision == PRECISIONS[0] and engine.server(plan, precision, 0)
+                if kind == "engine" or is_served:
                     tasks.append(Task(kind, engine.name, precision))
     return tasks
 

@@ -16,7 +16,7 @@ class Plan:
     """Sequences that are decoded at a time."""
     prefill: tuple[int, ...] = (512, 2048)
     """Lengths of prompts that are computed, one at a time."""
-    prompt_tokens: int = 8
+    prompt_tokens: int = 4
     """Of every sequence that is decoded."""
     new_tokens: int = 8
     """Of every sequence that is decoded, after the first."""
@@ -28,6 +28,8 @@ class Plan:
     """Of a request over HTTP."""
     output_tokens: int = 16
     """Of a request over HTTP."""
+    pass_tokens: int = 512
+    """At most in one pass of an engine that can be told so: Maestrale's and llama.cpp's default."""
     threads: int = 2
     """Cores of the machine."""
 
@@ -60,8 +62,6 @@ class Row:
     """Sequences, tokens or callers."""
     tokens_per_s: float
     """New tokens of all sequences, or tokens of the prompt."""
-    kernel: str | None = None
-    """Which of the engine's own ways was the fastest, where it has several."""
     ttft_s: float | None = None
     """Median time to the first token, over HTTP."""
     tpot_s: float | None = None

@@ -160,13 +160,6 @@ class Report:
                 f"- {len(busy)} of {len(self.results)} measurements began with others using up to "
                 f"{max(r.busy_percent for r in busy):.0f} % of the CPU."
             )
-        kernels = {
-            (result.task.engine, row.phase, row.size, row.kernel)
-            for result in self.results
-            for row in result.rows
-            if row.kernel
-        }
-        lines += [f"- {name}, {phase} {size}: {k}" for name, phase, size, k in sorted(kernels)]
         return "\n".join(lines)
 
     # --- what they share ---

@@ -42,6 +42,7 @@ class InProcess:
             "prefill": plan.prefill,
             "prompt_tokens": plan.prompt_tokens,
             "new_tokens": plan.new_tokens,
+            "pass_tokens": plan.pass_tokens,
             "threads": plan.threads,
         }
         plan_file, rows_file = scratch / "plan.json", scratch / "rows.json"
@@ -58,7 +59,7 @@ class InProcess:
 
 
 class Transformers(InProcess):
-    """Hugging Face's own implementation, with the fastest of its expert kernels."""
+    """Hugging Face's own implementation."""
 
     def __init__(self) -> None:
         packages = (TORCH, "safetensors", "sentencepiece", "transformers==5.23.0")
@@ -96,5 +97,6 @@ class Vllm(InProcess):
         arguments += ["--model", str(plan.checkpoint), "--served-model-name", "bench"]
         arguments += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16"]
         arguments += ["--max-model-len", "2048", "--max-num-seqs", str(max(plan.sequences))]
+        arguments += ["--max-num-batched-tokens", str(plan.pass_tokens)]
         arguments += ["--no-enable-prefix-caching"]
         return Command(arguments, environ), "/health"

@@ -26,8 +26,6 @@ BUILD_OPTIONS = (
     "-DLLAMA_USE_PREBUILT_UI=OFF",
     "-DLLAMA_OPENSSL=OFF",
 )
-UBATCH_TOKENS = 512
-"""llama.cpp's own default for the tokens of one pass."""
 
 
 class LlamaCpp:
@@ -102,7 +100,7 @@ class LlamaCpp:
         """One run of llama-batched-bench; what it says of each batch, and its memory."""
         context = max(sequences) * (max(prompts) + new_tokens)
         arguments = [self._tool("llama-batched-bench"), "-m", self._file(plan, precision)]
-        arguments += ["-c", context, "-b", max(2048, *prompts), "-ub", UBATCH_TOKENS]
+        arguments += ["-c", context, "-b", max(2048, *prompts), "-ub", plan.pass_tokens]
         arguments += ["-npp", _list(prompts), "-ntg", new_tokens, "-npl", _list(sequences)]
         arguments += ["-t", plan.threads, "-tb", plan.threads, "--output-format", "jsonl"]
         command = Command([str(argument) for argument in arguments], output=output)

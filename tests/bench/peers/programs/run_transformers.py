@@ -1,24 +1,23 @@
 """Measure transformers in this process. Run by the interpreter of its own environment.
 
-For every row, each of its expert kernels is tried in short and the fastest is measured.
-
-    python run_transformers.py PLAN.json ROWS.json
+python run_transformers.py PLAN.json ROWS.json
 """
 
 import json
 import sys
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
-KERNELS = ("grouped_mm", "batched_mm", "eager")
-TRIAL_TOKENS = 64
-"""Prompt of a trial; long enough that every expert has rows."""
+KERNEL = "eager"
+"""Of its three for experts: tried at every row below, grouped_mm was as fast, and batched_mm, which
+copies the weights of every row's experts (700 MB a row), far slower."""
+
+WARM_UP_TOKENS = 64
+"""Long enough that every expert has rows."""
 
 
 def main() -> None:
@@ -27,6 +26,7 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(plan["threads"])
     model = AutoModelForCausalLM.from_pretrained(plan["model"], dtype=torch.bfloat16).eval()
+    model.set_experts_implementation(KERNEL)
 
     def prompt(num_sequences: int, num_tokens: int) -> torch.Tensor:
         return torch.randint(300, 32000, (num_sequences, num_tokens))
@@ -50,34 +50,19 @@ def main() -> None:
             ids = logits[:, -1].argmax(-1, keepdim=True)
         return time.perf_counter() - started
 
-    def fastest(kernels: list[str], trial: Callable[[], float]) -> str:
-        """Try the kernels, after one pass that warms up; leaves the fastest switched on."""
-        seconds: dict[str, float] = {}
-        for kernel in kernels:
-            model.set_experts_implementation(kernel)
-            trial()
-            seconds[kernel] = trial()
-        best = min(seconds, key=lambda kernel: seconds[kernel])
-        model.set_experts_implementation(best)
-        return best
-
     rows: list[dict[str, Any]] = []
 
-    def note(phase: str, size: int, tokens_per_s: float, kernel: str) -> None:
-        rows.append({"phase": phase, "size": size, "tokens_per_s": tokens_per_s, "kernel": kernel})
-        print(phase, size, kernel, f"{tokens_per_s:.2f} tokens/s", flush=True)
+    def note(phase: str, size: int, tokens_per_s: float) -> None:
+        rows.append({"phase": phase, "size": size, "tokens_per_s": tokens_per_s})
+        print(phase, size, f"{tokens_per_s:.2f} tokens/s", flush=True)
 
+    prefill_s(WARM_UP_TOKENS)
+    new_tokens = plan["new_tokens"]
     for size in plan["sequences"]:
-        # batched_mm copies the weights of every (row, expert): 700 MB a row at Mixtral's shapes
-        kernels = [kernel for kernel in KERNELS if kernel != "batched_mm" or size == 1]
-        kernel = fastest(kernels, partial(decode_s, size, 2, 2))
-        new_tokens = plan["new_tokens"]
         seconds = decode_s(size, plan["prompt_tokens"], new_tokens)
-        note("decode", size, size * new_tokens / seconds, kernel)
-    kernels = [kernel for kernel in KERNELS if kernel != "batched_mm"]
+        note("decode", size, size * new_tokens / seconds)
     for size in plan["prefill"]:
-        kernel = fastest(kernels, partial(prefill_s, TRIAL_TOKENS))
-        note("prefill", size, size / prefill_s(size), kernel)
+        note("prefill", size, size / prefill_s(size))
     rows_file.write_text(json.dumps(rows), encoding="utf-8")
 
 

@@ -25,7 +25,7 @@ def main() -> None:
         dtype="bfloat16",
         max_model_len=longest + 16,
         max_num_seqs=max(plan["sequences"]),
-        max_num_batched_tokens=max(longest + 16, 2048),
+        max_num_batched_tokens=plan["pass_tokens"],
         enable_prefix_caching=False,
     ).llm_engine
     request_ids = count()
