@@ -59,19 +59,25 @@ class WorkerActor:
     """One worker by its name, whatever process it is at the moment. Owned by one event loop."""
 
     def __init__(
-        self, config: ServeConfig, name: str, quantization: str | None, owner: str
+        self, config: ServeConfig, name: str, quantization: str | None, weights: str, owner: str
     ) -> None:
-        """owner: of its lease. The first heartbeat starts it, or finds it if it is still alive."""
+        """weights: as in WorkerSettings. owner: of its lease. The first heartbeat starts it, or
+        finds it if it is still alive.
+        """
         self.name = name
         self.quantization = quantization
         self.incarnation: int | None = None
         """None until it has been heard of."""
         self.error: str | None = None
         """Why it cannot start, or has failed to load what it is to hold."""
+        self.is_outdated = False
+        """Whether it runs with other settings than it would be started with now, but can be used
+        until it is replaced."""
         self._config = config
+        self._weights = weights
         self._owner = owner
         self._actor: Any = None
-        self._settings = ""
+        self._settings = self._serves = ""
         """What it is to be started with, in its report's words."""
         self._start_in_s: float | None = 0.0
         """Not None: it is dead, or has never been started."""
@@ -92,7 +98,7 @@ class WorkerActor:
         """Renew its lease and hear from it; None once it is dead. The next call starts another.
 
         A worker that stays silent is killed, and one that a controller before this one has started
-        with other settings is ended: so both are dead in the end.
+        for another model, or so that our heads cannot reach it, is ended: both are dead in the end.
         """
         if self._start_in_s is not None:
             await asyncio.sleep(self._start_in_s)
@@ -124,10 +130,11 @@ class WorkerActor:
                 continue
             if self.incarnation != report.incarnation:
                 self.incarnation, self._told = report.incarnation, None
-            if report.settings != self._settings:
-                logger.info("%s was started with other settings and is replaced", self.name)
+            if report.serves != self._serves:
+                logger.info("%s serves something else and is replaced", self.name)
                 await self.release()
                 continue
+            self.is_outdated = report.settings != self._settings
             self._num_missed, self._num_failed_starts, self.error = 0, 0, report.error
             return report
 
@@ -203,8 +210,9 @@ class WorkerActor:
                 "num_gpus": config.worker_gpus,
                 "resources": config.worker_resources,
             },
+            weights=self._weights,
         )
-        self._settings = repr(settings)
+        self._settings, self._serves = repr(settings), settings.serves
         logger.info("starting %s", self.name)
         return (
             ray.remote(ExpertWorker)

@@ -168,7 +168,7 @@ class Controller:
         num_alive = max(await asyncio.to_thread(alive_workers, self._app_name), default=-1) + 1
         self._set_view(replace(self._view, takes_over=num_alive > 0))
         try:
-            sizes, manifest = await asyncio.to_thread(self._read_checkpoint)
+            sizes, weights, manifest = await asyncio.to_thread(self._read_checkpoint)
             num_workers = max(config.num_workers, min(num_alive, config.most_workers))
             living = LivingPlacement(
                 sizes.for_workers(num_workers),
@@ -192,15 +192,16 @@ class Controller:
             while True:
                 for index in set(range(living.num_workers)) - self._workers.keys():
                     mode = config.worker_quantization[min(index, config.num_workers - 1)]
-                    worker = WorkerActor(config, name_of(index), mode, self._owner)
+                    worker = WorkerActor(config, name_of(index), mode, weights, self._owner)
                     self._workers[index] = worker
                     tasks.create_task(self._keep(index, worker, living, manifest))
                 self._are_missing.clear()
                 await self._are_missing.wait()
 
-    def _read_checkpoint(self) -> tuple[Sizes, Manifest]:
-        """What is to be placed, from the headers, and what was read of it before."""
+    def _read_checkpoint(self) -> tuple[Sizes, str, Manifest]:
+        """What is to be placed, from the headers; a sample of it; what was read of it before."""
         # torch is not wanted before a replica runs
+        from model.tensor_files import weights_sample
         from model.weights import Checkpoint, torch_dtype
 
         config = self._config
@@ -218,7 +219,7 @@ class Controller:
             num_copies=config.expert_copies,
             num_slices=config.expert_slices,
         )
-        return sizes, Manifest.of(folder, CACHE.expanduser())
+        return sizes, weights_sample(folder), Manifest.of(folder, CACHE.expanduser())
 
     async def _keep(
         self, index: int, worker: WorkerActor, living: LivingPlacement, manifest: Manifest
@@ -237,6 +238,13 @@ class Controller:
                 orders = living.orders(index)
                 expected = manifest.expected(orders, worker.quantization)
                 await worker.hold(orders, expected, is_wrong=len(sound) < len(report.held))
+                if worker.is_outdated and living.is_at_rest:
+                    # one at a time: the next waits until this one's successor holds what it held
+                    logger.info("%s has other settings and is replaced", worker.name)
+                    living.lose(index)
+                    self._go_on(living)
+                    await worker.release()
+                    continue
             beat_s = BEAT_S if living.is_settled else UNSETTLED_BEAT_S
             await asyncio.sleep(min(beat_s, self._config.lease_renewal_s))
         logger.info("%s holds nothing that is asked for and is released", worker.name)
@@ -268,9 +276,7 @@ class Controller:
         """Adopt a better plan whenever there is one that is worth it."""
         while True:
             await asyncio.sleep(REBALANCE_EVERY_S)
-            if self._config.rebalance_gain is None or not (
-                living.is_settled and living.has_heard_all
-            ):
+            if self._config.rebalance_gain is None or not living.is_at_rest:
                 continue
             change = await asyncio.to_thread(living.proposal())
             if change.moves and change.gain >= self._config.rebalance_gain and living.is_settled:

@@ -231,6 +231,11 @@ class LivingPlacement:
         """All is where it is wanted, and no head goes by an older placement."""
         return self.is_planned and not self.num_missing and not self._draining
 
+    @property
+    def is_at_rest(self) -> bool:
+        """Settled, and no worker that is wanted is away."""
+        return self.is_settled and self.has_heard_all
+
     def proposal(self) -> Callable[[], Change]:
         """Finds the best plan for the load of now, from what is wanted already, or else held.
 

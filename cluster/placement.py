@@ -46,6 +46,7 @@ class WorkerReport:
     error:     why it failed to load a unit, until it is told again what to hold.
     totals:    what it has done since its start.
     settings:  what it was started with, in words that differ where it does.
+    serves:    the part of it that heads must agree on to use it, likewise.
     """
 
     address: str
@@ -58,6 +59,7 @@ class WorkerReport:
     error: str | None
     totals: WorkerTotals = field(default_factory=WorkerTotals)
     settings: str = ""
+    serves: str = ""
 
 
 @dataclass(frozen=True)

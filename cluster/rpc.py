@@ -73,13 +73,14 @@ def new_incarnation() -> int:
     return secrets.randbits(64) or 1
 
 
-def fingerprint(config: MixtralConfig, dtype: str | None) -> str:
-    """Digest of what two processes must agree on to exchange rows.
+def fingerprint(config: MixtralConfig, dtype: str | None, weights: str = "") -> str:
+    """Digest of what two processes must agree on to exchange tokens or rows.
 
     dtype: what rows travel in, None for the checkpoint's own.
+    weights: their `weights_sample`, for those who compute one model together.
     """
     facts = sorted(asdict(replace(config, dtype=dtype or config.dtype)).items())
-    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+    return hashlib.sha256(f"{facts}{weights}".encode()).hexdigest()[:16]
 
 
 LOOPBACK_ONLY = Security()
@@ -154,7 +155,7 @@ class Identity:
         if peer.fingerprint != self.fingerprint:
             return (
                 f"{self.name} serves model {self.fingerprint}, {peer.peer or 'the peer'} serves "
-                f"{peer.fingerprint}: configuration or dtype differ"
+                f"{peer.fingerprint}: configuration, dtype or weights differ"
             )
         return None
 

@@ -16,8 +16,9 @@ import ray
 import torch
 from ray.util import get_node_ip_address
 
-from cluster import rpc
+from cluster import PROTOCOL_VERSION, rpc
 from cluster.config import checkpoint_folder
+from cluster.errors import ConfigurationError
 from cluster.expert.batcher import Batcher
 from cluster.expert.lease import Lease
 from cluster.expert.loader import Loader
@@ -27,7 +28,7 @@ from cluster.network import Network, listen_host
 from cluster.placement import Stamp, WorkerReport
 from cluster.security import Security
 from model.experts import ExpertWeights
-from model.tensor_files import digested
+from model.tensor_files import digested, weights_sample
 from model.units import Unit
 from model.weights import Checkpoint, torch_dtype
 
@@ -51,8 +52,18 @@ class WorkerSettings:
     lease_s: float
     options: Mapping[str, Any]
     """Ray's, for what it takes of its node."""
+    weights: str
+    """The `weights_sample` of the model on the controller's node."""
     build: str = rpc.BUILD
-    """A worker of another one is not gone on with."""
+    """A worker of another one is not kept."""
+
+    @property
+    def serves(self) -> str:
+        """What a worker must be for heads of these settings to use it, in words that differ where
+        that does. One that differs in the rest may go on until it is its turn to be replaced.
+        """
+        model = (self.model, self.weights, self.dtype, self.expert_quantization)
+        return repr((PROTOCOL_VERSION, *model, self.network))
 
 
 class ExpertWorker:
@@ -66,8 +77,15 @@ class ExpertWorker:
         security = Security.load(settings.network, "worker", os.environ)
         torch.set_num_threads(settings.num_threads)
         self._settings = settings
+        folder = checkpoint_folder(settings.model)
+        weights = weights_sample(folder)
+        if weights != settings.weights:
+            raise ConfigurationError(
+                f"{folder} holds other weights here ({weights}) than on the controller's node "
+                f"({settings.weights}): give all nodes the same files"
+            )
         checkpoint = Checkpoint(
-            checkpoint_folder(settings.model),
+            folder,
             dtype=torch_dtype(settings.dtype),
             device=settings.device,
             expert_quantization=settings.expert_quantization,
@@ -78,7 +96,9 @@ class ExpertWorker:
         self._node = ray.get_runtime_context().get_node_id()
         self._metrics = metrics = WorkerMetrics()
         self._identity = rpc.Identity(
-            settings.name, rpc.fingerprint(checkpoint.config, settings.dtype), security
+            settings.name,
+            rpc.fingerprint(checkpoint.config, settings.dtype, weights),
+            security,
         )
         self._service = ExpertService(
             Batcher(held, metrics),
@@ -135,6 +155,7 @@ class ExpertWorker:
             totals=self._metrics.totals,
             error=self._loader.error,
             settings=repr(self._settings),
+            serves=self._settings.serves,
         )
 
     def release(self, owner: str) -> None:

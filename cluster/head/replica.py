@@ -33,6 +33,7 @@ from cluster.network import listen_host
 from cluster.placement import ClusterView, HeadsWanted
 from cluster.security import Security
 from model.decoder import Decoder
+from model.tensor_files import weights_sample
 from model.weights import Checkpoint, torch_dtype
 from protos import head_pb2_grpc
 
@@ -146,16 +147,20 @@ class HeadReplica:
             phases=stopwatch,
         )
         metrics = self._metrics
+        # ingresses hold no weights
         fingerprint = rpc.fingerprint(checkpoint.config, config.dtype)
         identity = rpc.Identity(self._name, fingerprint, security)
+        weights = weights_sample(checkpoint.folder)
+        fingerprint = rpc.fingerprint(checkpoint.config, config.dtype, weights)
+        to_workers = rpc.Identity(self._name, fingerprint, security)
         self._experts = experts = RemoteExperts(
             self._feed,
-            identity,
+            to_workers,
             timeout_s=config.expert_timeout_s,
             recovery_timeout_s=config.recovery_timeout_s,
             phases=stopwatch,
             metrics=metrics,
-            cross_check=self._new_cross_check(identity, metrics),
+            cross_check=self._new_cross_check(to_workers, metrics),
         )
         try:
             while not experts.connect(timeout_s=1.0):

@@ -4,6 +4,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from ray.exceptions import ActorDiedError, RayError, RayTaskError
 from cluster import actors
 from cluster.actors import MAX_MISSED_BEATS, WorkerActor
 from cluster.config import ServeConfig
+from cluster.expert.worker import WorkerSettings
 from cluster.placement import Stamp, WorkerReport
 from model.units import Unit
 from tests.cluster_fakes import DEADLINE_S
@@ -78,7 +80,7 @@ def actor(monkeypatch: pytest.MonkeyPatch) -> FakeActor:
 
 @pytest.fixture
 def worker(actor: FakeActor) -> WorkerActor:
-    return WorkerActor(ServeConfig(), "worker-0", None, "owner")
+    return WorkerActor(ServeConfig(), "worker-0", None, "weights", "owner")
 
 
 def test_a_start_that_takes_long_holds_nobody_up(
@@ -91,7 +93,7 @@ def test_a_start_that_takes_long_holds_nobody_up(
         return actor
 
     monkeypatch.setattr(WorkerActor, "_start", start)
-    worker = WorkerActor(ServeConfig(), "worker-0", None, "owner")
+    worker = WorkerActor(ServeConfig(), "worker-0", None, "weights", "owner")
     actor.beats = [report()]
 
     async def run() -> WorkerReport | None:
@@ -119,7 +121,7 @@ def test_a_start_that_fails_is_said_and_tried_again(
 
     monkeypatch.setattr(WorkerActor, "_start", start)
     monkeypatch.setattr(actors, "FIRST_WAIT_S", 0.001)
-    worker = WorkerActor(ServeConfig(), "worker-0", None, "owner")
+    worker = WorkerActor(ServeConfig(), "worker-0", None, "weights", "owner")
     actor.beats = [report()]
 
     async def hear() -> list[WorkerReport | str | None]:
@@ -145,11 +147,28 @@ def test_a_silent_worker_is_killed_and_another_started(
     assert killed == [actor]
 
 
-def test_a_worker_with_other_settings_is_ended_and_another_started(
+def test_a_worker_with_other_settings_is_used_until_it_is_replaced(
     worker: WorkerActor, actor: FakeActor
 ) -> None:
     """A controller of a changed file finds workers of the file before."""
     old = replace(report(), settings="of the file before")
+    actor.beats = [old, report(8)]
+
+    async def hear() -> list[bool]:
+        outdated = []
+        for expected in (old, report(8)):
+            assert await worker.heartbeat((2, 3)) == expected
+            outdated.append(worker.is_outdated)
+        return outdated
+
+    assert asyncio.run(hear()) == [True, False]
+    assert actor.releases == []
+
+
+def test_a_worker_that_serves_something_else_is_ended_and_another_started(
+    worker: WorkerActor, actor: FakeActor
+) -> None:
+    old = replace(report(), serves="the model of the file before")
     actor.beats = [old, ActorDiedError(), report(8)]
 
     async def hear() -> list[WorkerReport | None]:
@@ -314,3 +333,38 @@ def test_to_hold_nothing_is_an_order_too(worker: WorkerActor, actor: FakeActor) 
 
     asyncio.run(run())
     assert actor.told == [()]
+
+
+def worker_settings(**others: Any) -> WorkerSettings:
+    given: dict[str, Any] = {
+        "name": "worker-0",
+        "model": None,
+        "dtype": None,
+        "expert_quantization": None,
+        "device": "cpu",
+        "num_threads": 1,
+        "network": ServeConfig().network,
+        "lease_s": 60.0,
+        "options": {"num_cpus": 0.2},
+        "weights": "sample",
+    }
+    return WorkerSettings(**given | others)
+
+
+@pytest.mark.parametrize(
+    ("others", "can_stay"),
+    [
+        ({"num_threads": 2, "lease_s": 30.0, "options": {}, "build": "0.0.2"}, True),
+        ({"model": Path("another")}, False),
+        ({"weights": "another"}, False),
+        ({"dtype": "float16"}, False),
+        ({"expert_quantization": "int8"}, False),
+        ({"network": ServeConfig(tls_folder=Path("tls")).network}, False),
+    ],
+)
+def test_a_worker_of_other_settings_can_stay_a_while_unless_heads_could_not_use_it(
+    others: dict[str, Any], can_stay: bool
+) -> None:
+    old, new = worker_settings(), worker_settings(**others)
+    assert repr(old) != repr(new)
+    assert (old.serves == new.serves) is can_stay
