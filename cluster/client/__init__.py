@@ -12,6 +12,7 @@ those under `APIError`. Names are openai's where they mean the same.
 Needs httpx and pydantic; neither torch, Ray nor gRPC.
 """
 
+from cluster.client import lean  # noqa: F401  # before whatever else imports httpx
 from cluster.client.client import AsyncClient, Client
 from cluster.client.exposition import Sample
 from cluster.client.response import AsyncStreamedResponse, RawResponse, StreamedResponse

@@ -27,8 +27,14 @@ def test_the_client_needs_only_httpx_and_pydantic() -> None:
     packages = {name.partition(".")[0] for name in loaded}
     heavy = {"torch", "ray", "grpc", "google", "numpy", "fastapi", "transformers", "asyncio"}
     assert packages.isdisjoint(heavy | {"model", "protos"})
+    assert packages.isdisjoint({"rich", "pygments", "click"})  # httpx would import them
     ours = {".".join(name.split(".")[:2]) for name in loaded if name.startswith("cluster.")}
     assert ours == {"cluster.client", "cluster.errors", "cluster.schema"}
+
+
+def test_httpx_is_whole_for_others_who_import_it_later() -> None:
+    program = "import cluster.client, httpx; print(callable(httpx.main)); import httpx._main"
+    assert told(program) == ["True"]
 
 
 def test_bodies_are_loaded_and_built_when_they_are_used() -> None:
