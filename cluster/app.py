@@ -91,6 +91,7 @@ def build(config: ServeConfig) -> serve.Application:
         max_ongoing_requests=_MANY,
         ray_actor_options={"num_cpus": 0},
         health_check_period_s=5,
+        graceful_shutdown_timeout_s=config.drain_timeout_s,
     )(serve.ingress()(Ingress)).bind(config, controller, heads)
 
 

@@ -159,13 +159,17 @@ class ServeConfig(BaseModel):
     sse_keep_alive_s: float = Field(default=15.0, gt=0)
     """Seconds without an event after which a stream carries a comment, so that proxies do not take
     it for dead. Below the shortest of their usual patience (HAProxy, 50 s) by a good margin."""
+    drain_timeout_s: float = Field(default=20.0, ge=2)
+    """How long requests may go on in an ingress that is replaced or stopped, seconds, half as long
+    by gRPC; then they are broken off. Above the longest answer, where an upgrade is to break
+    none; ending the service may then take as long."""
 
     api_keys_file: Path | None = None
     """File of keys, one a line, `#` begins a comment; callers of the HTTP API must show one, but
     for /health and /ready. Only a key with the word `admin` behind it may rebalance. Further keys
-    come from MAESTRALE_API_KEYS, with commas between. Read when an ingress starts, which needs it
-    at this path. None and no such variable: no key is needed, and only callers on loopback are
-    answered."""
+    come from MAESTRALE_API_KEYS, with commas between. Each ingress needs it at this path, and takes
+    what it holds anew within five seconds of a change. None and no such variable: no key is
+    needed, and only callers on loopback are answered."""
     allow_open_http: bool = False
     """Without keys, answer anybody who can reach the HTTP port, knowingly."""
     allowed_origins: tuple[str, ...] = ()

@@ -3,12 +3,15 @@
 Keys are known here by their digests only, and stand in no log.
 """
 
+import asyncio
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from hmac import compare_digest
 from pathlib import Path
+from typing import NoReturn
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
@@ -19,9 +22,14 @@ from cluster.ingress.errors import error_response
 from cluster.network import is_loopback
 from cluster.schema import RESUMED_TOKENS
 
+logger = logging.getLogger(__name__)
+
 KEYS_VARIABLE = "MAESTRALE_API_KEYS"
 OPEN_PATHS = ("/health", "/ready")
 """For probes, which have no key and learn no secret."""
+
+READ_EVERY_S = 5.0
+"""How soon a changed file of keys holds."""
 
 _KEY = re.compile(r"[A-Za-z0-9._~+/=-]+")  # what a bearer token may consist of (RFC 6750)
 _ADMIN = "admin"
@@ -82,9 +90,9 @@ def _key_of(entry: str) -> ApiKey | None:
     return ApiKey(key, is_admin=bool(marks))
 
 
-@dataclass(frozen=True)
+@dataclass
 class Access:
-    """Who may use the API."""
+    """Who may use the API. Owned by the event loop."""
 
     digests: tuple[bytes, ...] = field(default=(), repr=False)
     """Of the keys; none: no key is needed."""
@@ -100,12 +108,34 @@ class Access:
         cls, keys: list[ApiKey], *, allow_open: bool, allowed_origins: tuple[str, ...]
     ) -> "Access":
         """Only these keys, or anybody where there is none."""
-        return cls(
-            tuple(_digest(key.text) for key in keys),
-            tuple(_digest(key.text) for key in keys if key.is_admin),
-            allow_open,
-            allowed_origins,
-        )
+        access = cls(allow_open=allow_open, allowed_origins=allowed_origins)
+        access.admit_only(keys)
+        return access
+
+    def admit_only(self, keys: list[ApiKey]) -> bool:
+        """Take these keys from now on, and no others; says whether that changes anything."""
+        before = self.digests, self.admin_digests
+        self.digests = tuple(_digest(key.text) for key in keys)
+        self.admin_digests = tuple(_digest(key.text) for key in keys if key.is_admin)
+        return (self.digests, self.admin_digests) != before
+
+    async def follow(self, file: Path, environ: Mapping[str, str]) -> NoReturn:
+        """Take whatever keys the file holds, until cancelled. While it cannot be read, or holds
+        what is no key, or none, the keys stay as they are.
+        """
+        told = ""
+        while True:
+            await asyncio.sleep(READ_EVERY_S)
+            try:
+                keys = await asyncio.to_thread(read_api_keys, file, environ)
+            except ConfigurationError as error:
+                if str(error) != told:
+                    logger.error("the API keys stay as they were: %s", error)
+                told = str(error)
+                continue
+            told = ""
+            if self.admit_only(keys):
+                logger.info("%s has changed: it holds %d API keys now", file, len(keys))
 
     def refusal(self, key: str | None, is_local: bool) -> RequestError | None:
         """Why a caller with this key may not use it, or None.

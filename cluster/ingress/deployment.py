@@ -91,13 +91,29 @@ class Ingress:
             ),
             metrics,
             access,
-            beside=grpc_door(config, metrics, access),
+            beside=partial(_beside, config, metrics, access),
         )
-
         self._app.include_router(admin.router(controller.rebalance.remote, access))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._app
+
+
+@asynccontextmanager
+async def _beside(
+    config: ServeConfig, metrics: IngressMetrics, access: Access, answerer: Answerer
+) -> AsyncIterator[None]:
+    """What goes on while the app runs: the door for gRPC, and keys that change."""
+    async with grpc_door(config, metrics, access)(answerer):
+        if config.api_keys_file is None:
+            yield
+            return
+        follower = asyncio.create_task(access.follow(config.api_keys_file, os.environ))
+        try:
+            yield
+        finally:
+            follower.cancel()
+            await asyncio.gather(follower, return_exceptions=True)
 
 
 def grpc_door(
@@ -116,6 +132,7 @@ def grpc_door(
         address=f"{host}:{config.grpc_port}",
         access=access,
         credentials=credentials,
+        drain_s=config.drain_timeout_s / 2,  # Serve kills the ingress after all of it
     )
 
 

@@ -42,9 +42,6 @@ Body = TypeVar("Body", bound=ModelRequest)
 
 SERVICE = maestrale_pb2.DESCRIPTOR.services_by_name["Maestrale"].full_name
 
-DRAIN_S = 10.0
-"""How long calls may go on when the ingress stops; below the 20 s after which Serve kills it."""
-
 MAX_DETAILS = 1_000
 """Bytes of an error's text. gRPC sends it as metadata, of which callers take 8 KiB, and bytes that
 are not ASCII as three each."""
@@ -90,6 +87,7 @@ async def serving(
     *,
     access: Access = ANYBODY,
     credentials: grpc.ServerCredentials | None = None,
+    drain_s: float = 10.0,
 ) -> AsyncIterator[int]:
     """Serve at an address until the block is left; gives the port. Several processes of one machine
     may serve at the same: the kernel hands each connection to one of them.
@@ -97,6 +95,7 @@ async def serving(
     address:     IP address and port; port 0 takes a free one.
     access:      who may ask. Health and reflection are for everybody, as /health is.
     credentials: None serves in the clear.
+    drain_s:     how long calls may go on when the block is left.
     Raises ConfigurationError when nothing can listen there.
     """
     server = grpc.aio.server(
@@ -129,7 +128,7 @@ async def serving(
         yield port
     finally:
         told_health.end()
-        await server.stop(DRAIN_S)
+        await server.stop(drain_s)
 
 
 class UsersDoor(maestrale_pb2_grpc.MaestraleServicer):

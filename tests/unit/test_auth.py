@@ -1,6 +1,8 @@
 """Who may use the HTTP API: those with a key, or anybody by choice; and from which sites' pages."""
 
+import asyncio
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 from cluster.app import check_access
 from cluster.config import ServeConfig
 from cluster.errors import ConfigurationError
+from cluster.ingress import auth
 from cluster.ingress.auth import KEYS_VARIABLE, Access, ApiKey, read_api_keys
 from tests.api_fakes import (
     BOTH,
@@ -220,6 +223,43 @@ def test_a_variable_with_something_that_is_no_key_is_refused() -> None:
     with pytest.raises(ConfigurationError, match=KEYS_VARIABLE) as error:
         read_api_keys(None, {KEYS_VARIABLE: "good,secret word"})
     assert "secret" not in str(error.value)
+
+
+def test_a_changed_file_of_keys_holds_soon_and_a_broken_one_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(auth, "READ_EVERY_S", 0.001)
+    caplog.set_level(logging.INFO)
+    file = tmp_path / "keys"
+    live = access(KEY)
+
+    def opens(key: str) -> bool:
+        return live.refusal(key, is_local=False) is None
+
+    async def until(is_true: Callable[[], bool]) -> None:
+        for _ in range(10_000):
+            if is_true():
+                return
+            await asyncio.sleep(0.001)
+        raise AssertionError("the file was not read")
+
+    async def change() -> None:
+        following = asyncio.create_task(live.follow(file, {}))
+        for broken in ("", "no key at all\n"):
+            caplog.clear()
+            file.write_text(broken, encoding="utf-8")
+            await until(lambda: "stay as they were" in caplog.text)
+            assert opens(KEY)
+            assert not opens(KEYS[1])
+        file.write_text(f"{KEYS[1]} admin\n", encoding="utf-8")
+        await until(lambda: opens(KEYS[1]))
+        assert not opens(KEY)
+        assert live.admin_refusal(KEYS[1], is_local=False) is None
+        following.cancel()
+
+    asyncio.run(change())
+    assert KEY not in caplog.text
+    assert KEYS[1] not in caplog.text
 
 
 # --- browsers ---
