@@ -201,7 +201,6 @@ class Controller:
     def _read_checkpoint(self) -> tuple[Sizes, str, Manifest]:
         """What is to be placed, from the headers; a sample of it; what was read of it before."""
         # torch is not wanted before a replica runs
-        from model.tensor_files import weights_sample
         from model.weights import Checkpoint, torch_dtype
 
         config = self._config
@@ -219,7 +218,7 @@ class Controller:
             num_copies=config.expert_copies,
             num_slices=config.expert_slices,
         )
-        return sizes, weights_sample(folder), Manifest.of(folder, CACHE.expanduser())
+        return sizes, as_held[modes[0]].sample(), Manifest.of(folder, CACHE.expanduser())
 
     async def _keep(
         self, index: int, worker: WorkerActor, living: LivingPlacement, manifest: Manifest

@@ -77,7 +77,7 @@ def fingerprint(config: MixtralConfig, dtype: str | None, weights: str = "") -> 
     """Digest of what two processes must agree on to exchange tokens or rows.
 
     dtype: what rows travel in, None for the checkpoint's own.
-    weights: their `weights_sample`, for those who compute one model together.
+    weights: their `Checkpoint.sample`, for those who compute one model together.
     """
     facts = sorted(asdict(replace(config, dtype=dtype or config.dtype)).items())
     return hashlib.sha256(f"{facts}{weights}".encode()).hexdigest()[:16]

@@ -74,6 +74,15 @@ class QuantizedCopy:
         """The copy in this folder; None where there is none. Raises CheckpointError."""
         return cls(folder, config) if (folder / MARKER).exists() else None
 
+    @property
+    def files(self) -> set[Path]:
+        """Of all that is held in fewer bits."""
+        found = {self.file_of(unit) for unit in self._config.expert_units}
+        if self.attention_mode is not None:
+            layers = range(self._config.num_hidden_layers)
+            found |= {self._folder / _attention_file(layer) for layer in layers}
+        return found
+
     def file_of(self, unit: Unit) -> Path:
         """The file that a unit is read from."""
         return self._folder / _expert_file(unit.layer, unit.expert_id)

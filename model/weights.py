@@ -20,7 +20,7 @@ from model.linear import Weight
 from model.packed_half import packed_if_faster
 from model.quantize import cut, matrix, quantize, quantized, require
 from model.quantized_copy import QuantizedCopy, attention_bytes, expert_bytes
-from model.tensor_files import StoredTensor, WeightFile, WeightFiles
+from model.tensor_files import StoredTensor, WeightFile, WeightFiles, sampled
 from model.units import Unit
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # fp8 needs scales
@@ -124,6 +124,13 @@ class Checkpoint:
             quantized_bytes = self.config.num_hidden_layers * per_layer
         dense = (source for source in self.sources.values() if source.part not in not_dense)
         return sum(source.num_elements for source in dense) * self.dtype.itemsize + quantized_bytes
+
+    def sample(self) -> str:
+        """A digest of samples from all files that weights are read from: it tells a model from the
+        same trained on. Raises CheckpointError for a file that cannot be read.
+        """
+        files = {self.folder / name for name in self.files.file_of.values()}
+        return sampled(files | self._copy.files if self._copy else files)
 
     def stored(self, name: str) -> StoredTensor:
         """How a tensor, named as in the per-expert layout, is stored; reads only its file's header.

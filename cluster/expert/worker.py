@@ -28,7 +28,7 @@ from cluster.network import Network, listen_host
 from cluster.placement import Stamp, WorkerReport
 from cluster.security import Security
 from model.experts import ExpertWeights
-from model.tensor_files import digested, weights_sample
+from model.tensor_files import digested
 from model.units import Unit
 from model.weights import Checkpoint, torch_dtype
 
@@ -53,7 +53,7 @@ class WorkerSettings:
     options: Mapping[str, Any]
     """Ray's, for what it takes of its node."""
     weights: str
-    """The `weights_sample` of the model on the controller's node."""
+    """`Checkpoint.sample` of the model on the controller's node."""
     build: str = rpc.BUILD
     """A worker of another one is not kept."""
 
@@ -77,19 +77,18 @@ class ExpertWorker:
         security = Security.load(settings.network, "worker", os.environ)
         torch.set_num_threads(settings.num_threads)
         self._settings = settings
-        folder = checkpoint_folder(settings.model)
-        weights = weights_sample(folder)
-        if weights != settings.weights:
-            raise ConfigurationError(
-                f"{folder} holds other weights here ({weights}) than on the controller's node "
-                f"({settings.weights}): give all nodes the same files"
-            )
         checkpoint = Checkpoint(
-            folder,
+            checkpoint_folder(settings.model),
             dtype=torch_dtype(settings.dtype),
             device=settings.device,
             expert_quantization=settings.expert_quantization,
         )
+        weights = checkpoint.sample()
+        if weights != settings.weights:
+            raise ConfigurationError(
+                f"{checkpoint.folder} holds other weights here ({weights}) than on the "
+                f"controller's node ({settings.weights}): give all nodes the same files"
+            )
         self._checkpoint = checkpoint
         held: dict[Unit, ExpertWeights] = {}
         self._loader = Loader(self._load, held, checkpoint.files_of)

@@ -33,7 +33,6 @@ from cluster.network import listen_host
 from cluster.placement import ClusterView, HeadsWanted
 from cluster.security import Security
 from model.decoder import Decoder
-from model.tensor_files import weights_sample
 from model.weights import Checkpoint, torch_dtype
 from protos import head_pb2_grpc
 
@@ -150,8 +149,7 @@ class HeadReplica:
         # ingresses hold no weights
         fingerprint = rpc.fingerprint(checkpoint.config, config.dtype)
         identity = rpc.Identity(self._name, fingerprint, security)
-        weights = weights_sample(checkpoint.folder)
-        fingerprint = rpc.fingerprint(checkpoint.config, config.dtype, weights)
+        fingerprint = rpc.fingerprint(checkpoint.config, config.dtype, checkpoint.sample())
         to_workers = rpc.Identity(self._name, fingerprint, security)
         self._experts = experts = RemoteExperts(
             self._feed,

@@ -41,6 +41,13 @@ SHAPES: dict[str, dict[str, int]] = {
         "num_attention_heads": 16,
         "num_key_value_heads": 16,
     },
+    # experts take most of a step: tests/cluster/load_step.py
+    "experts": {
+        "hidden_size": 512,
+        "intermediate_size": 4096,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+    },
     # a quick pass through every engine, and through the tests
     "tiny": {
         "hidden_size": 256,

@@ -62,7 +62,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         for host, offered in ((head, "head"), (first, "expert"), (second, "expert")):
             (host.home / "resources.json").write_text(json.dumps({f"maestrale_{offered}": 1}))
         for host in (head, first, second, caller):
-            _settle_in(host)
+            settle_in(host)
         caller.run("ray get-auth-token --generate > /dev/null; chmod 600 ~/.ray/auth_token")
         caller.run("maestrale certs --out ~/maestrale-secrets/tls", timeout_s=120)
         (caller.home / "maestrale-secrets" / "api-keys").write_text(KEY)
@@ -73,12 +73,21 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield running
 
 
-def _settle_in(host: Host) -> None:
+def settle_in(host: Host) -> None:
     """What an installation would leave: the packages are this interpreter's, the code is this."""
     (host.home / "maestrale").symlink_to(sys.prefix)
-    profile = f"export PATH={sys.prefix}/bin:$PATH PYTHONPATH={ROOT} RAY_USAGE_STATS_ENABLED=0\n"
+    install(host, ROOT)
+    variables = f"PYTHONPATH={host.home / 'code'} RAY_USAGE_STATS_ENABLED=0"
+    profile = f"export PATH={sys.prefix}/bin:$PATH {variables}\n"
     for name in (".bash_profile", ".bashrc"):
         (host.home / name).write_text(profile)
+
+
+def install(host: Host, code: Path) -> None:
+    """Have processes that start from now on run this code, in place of what there was."""
+    link = host.home / "code"
+    link.unlink(missing_ok=True)
+    link.symlink_to(code)
 
 
 def _as_deployed_here(head: Host, workers: list[Host]) -> dict[str, Any]:

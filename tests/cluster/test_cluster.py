@@ -1,13 +1,25 @@
 """ray up, serve deploy, serve status, ray down; heads and experts on hosts of their own."""
 
 import json
+import shutil
 import subprocess
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import yaml
 
 from model import Mixtral
-from tests.cluster.conftest import KEY, PORT, READY_TIMEOUT_S, Cluster, until
+from tests.cluster.conftest import (
+    KEY,
+    PORT,
+    READY_TIMEOUT_S,
+    ROOT,
+    Cluster,
+    install,
+    until,
+)
 
 PROMPT = "Once upon a time"
 STREAM = """
@@ -33,16 +45,23 @@ SERVED = {
 }
 
 
-@pytest.fixture(scope="module")
-def served(cluster: Cluster) -> Cluster:
-    """The tiny model, deployed and ready."""
+def deploy(cluster: Cluster, **changes: object) -> None:
+    """The tiny model, by a file with these settings beside the others."""
+    args = SERVED | changes
+    application = {"name": "maestrale", "import_path": "cluster.app:build", "args": args}
     document = {
         "proxy_location": "HeadOnly",
         "http_options": {"host": "0.0.0.0", "port": PORT},
-        "applications": [{"name": "maestrale", "import_path": "cluster.app:build", "args": SERVED}],
+        "applications": [application],
     }
     (cluster.head.home / "serve.yaml").write_text(yaml.safe_dump(document))
     cluster.on_head("serve deploy ~/serve.yaml")
+
+
+@pytest.fixture(scope="module")
+def served(cluster: Cluster) -> Cluster:
+    """Deployed and ready."""
+    deploy(cluster)
     ready = f"curl -sf --retry 1000 --retry-delay 1 --retry-all-errors {cluster.url}/ready"
     cluster.caller.run(f"{ready} --retry-max-time {READY_TIMEOUT_S}", timeout_s=READY_TIMEOUT_S + 9)
     return cluster
@@ -98,6 +117,55 @@ def test_a_host_of_experts_that_is_cut_off_fails_no_request(served: Cluster) -> 
         lost.reconnect()
     until(lambda: lost.address in workers_by_address(served), "the host to be used again")
     assert stream(served, 40).communicate(timeout=60)[0] == said_here(40)
+
+
+@pytest.mark.timeout(900)
+def test_another_version_takes_over_under_streams(served: Cluster, tmp_path: Path) -> None:
+    """Its workers one after the other, each beside a copy of all that it holds."""
+    old = json.loads(served.caller.run(f"curl -s {served.url}/ready"))["workers"]
+    expected = said_here(120)
+    is_over = threading.Event()
+
+    def tell() -> int:
+        """Streams that were as they should be, one after the other."""
+        number = 0
+        while not is_over.is_set():
+            answer, problems = stream(served, 120).communicate(timeout=300)
+            assert answer == expected, problems
+            number += 1
+        return number
+
+    def has_version(version: str) -> bool:
+        ask = f'curl -s -H "Authorization: Bearer {KEY}" {served.url}/version'
+        return version in served.caller.run(ask)
+
+    def are_workers_new() -> bool:
+        ready = json.loads(served.caller.run(f"curl -s {served.url}/ready"))
+        now = {worker["address"] for worker in ready["workers"]}
+        return len(now - {worker["address"] for worker in old}) == len(old)
+
+    with ThreadPoolExecutor(3) as pool:
+        tellers = [pool.submit(tell) for _ in range(3)]
+        try:
+            code = another_version(tmp_path, "9.9.9")
+            for host in (served.head, *served.experts):
+                install(host, code)
+            deploy(served, max_concurrent_requests=100)  # Serve replaces what has changed
+            until(lambda: has_version("9.9.9"), "an ingress of the other version")
+            until(are_workers_new, "workers of the other version")
+        finally:
+            is_over.set()
+        assert all(teller.result() for teller in tellers)
+
+
+def another_version(folder: Path, version: str) -> Path:
+    """This code under another version, as an installation would have it."""
+    for package in ("model", "cluster", "protos"):
+        shutil.copytree(ROOT / package, folder / package)
+    about = folder / f"maestrale-{version}.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: maestrale\nVersion: {version}\n")
+    return folder
 
 
 @pytest.mark.timeout(300)
