@@ -14,6 +14,9 @@ from dataclasses import dataclass, replace
 
 from cluster.signals import Signals
 
+MEMORIES = 3
+"""A burst fades to a third of its weight so many times within the time that calm must last."""
+
 CALM = 0.25
 """Calls queue briefly below this part of the bound above which they queue too long."""
 
@@ -54,6 +57,10 @@ class Side:
     pressed_since: float | None = None
     calm_since: float | None = None
     changed_at: float = -math.inf
+    mean_fill: float = 0.0
+    """Over the last while, the latest counting most: a side that works in bursts may shrink."""
+    looked_at: float | None = None
+    """When that was; None before the first look."""
 
 
 @dataclass(frozen=True)
@@ -154,13 +161,14 @@ def _settle(
     """
     least, most = bounds
     target = side.target
+    side = replace(side, mean_fill=_mean_fill(side, fill, settings, now), looked_at=now)
     if not least <= target <= most:
         bound = min(max(target, least), most)
-        return Side(bound, changed_at=now), f"go {target} -> {bound}, the bound"
+        return _changed(side, bound, now), f"go {target} -> {bound}, the bound"
     # To grow aims at the target fill, to shrink stays below the low mark.
     grown = max(num_there + 1, math.ceil(num_there * fill / settings.target))
     grown = max(target, min(grown, 2 * num_there, most))
-    shrunk = max(math.ceil(num_there * fill / settings.low), least)
+    shrunk = max(math.ceil(num_there * side.mean_fill / settings.low), least)
     # More there than wanted are still to go, and share the load until they have.
     is_calm = is_calm and not is_pressed and 0 < num_there <= target and shrunk < target
     side = replace(
@@ -182,8 +190,20 @@ def _settle(
             return side, f"stay {target}: {what}, but for {left_s:.0f} s after a change"
         if goal == target:
             return side, f"stay {target}, the upper bound, under pressure"
-        return Side(goal, changed_at=now), f"go {target} -> {goal}"
+        return _changed(side, goal, now), f"go {target} -> {goal}"
     return side, f"stay {target}"
+
+
+def _mean_fill(side: Side, fill: float, settings: Scaling, now: float) -> float:
+    """With the fill of now, which counts more the longer ago the last look was."""
+    if side.looked_at is None or not settings.down_after_s:
+        return fill
+    fading = math.exp(-MEMORIES * (now - side.looked_at) / settings.down_after_s)
+    return fading * side.mean_fill + (1 - fading) * fill
+
+
+def _changed(side: Side, target: int, now: float) -> Side:
+    return replace(side, target=target, pressed_since=None, calm_since=None, changed_at=now)
 
 
 def _since(since: float | None, holds: bool, now: float) -> float | None:

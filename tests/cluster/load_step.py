@@ -25,10 +25,10 @@ from cluster.app import running
 from cluster.client import Client
 from cluster.config import MIB, ServeConfig
 
-PHASES = ((2, 30.0), (40, 150.0), (2, 300.0))
+PHASES = ((2, 60.0), (40, 150.0), (2, 300.0))
 """Callers, and for how long at most, seconds. The last ends when all has shrunk."""
 PROMPT_TOKENS, NEW_TOKENS = 32, 64
-PAUSE_S = 12.0
+PAUSE_S = 25.0
 """Between a caller's streams, for reading. Without it two of them would keep three workers on two
 cores busy enough to be kept."""
 SAMPLE_S = 1.0

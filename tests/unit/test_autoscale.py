@@ -171,6 +171,20 @@ def test_a_short_peak_changes_nothing() -> None:
     assert not decision.is_change
 
 
+@pytest.mark.parametrize(("burst", "does_shrink"), [(0.6, True), (1.0, False)])
+def test_workers_that_work_in_bursts_are_judged_by_the_mean(
+    burst: float, does_shrink: bool
+) -> None:
+    """Every fourth look falls into a burst, which alone would keep them all."""
+    state = State.of(num_heads=NUM_HEADS, num_workers=NUM_WORKERS)
+    least = NUM_WORKERS
+    for look in range(120):
+        used = burst if look % 4 == 0 else burst / 6
+        decision, state = decide(state, seen({}, used), SETTINGS, now=5.0 * look)
+        least = min(least, decision.num_workers)
+    assert (least < NUM_WORKERS) is does_shrink
+
+
 def test_heads_that_are_still_to_come_are_waited_for() -> None:
     state = replace(patient_state(), heads=Side(3, pressed_since=LONG_AGO))
     decision = decided(seen({"kv_fill": 0.95}), state)
