@@ -52,11 +52,15 @@ def until(condition: Callable[[], bool], what: str, timeout_s: float = 240) -> N
         time.sleep(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _hosts_can_be_made() -> None:
+    """Namespaces need root and tools that not every machine has: says which are missing."""
+    if reason := missing():
+        pytest.skip(reason)
+
+
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    reason = missing()
-    if reason:
-        pytest.skip(reason)
     folder = tmp_path_factory.mktemp("hosts")
     with hosts(folder, [1, 2, 3, CALLER]) as (head, first, second, caller):
         for host, offered in ((head, "head"), (first, "expert"), (second, "expert")):

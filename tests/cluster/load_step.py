@@ -179,6 +179,7 @@ def record(client: Client, load: Load) -> tuple[list[dict[str, Any]], list[dict[
             is_last = number == len(PHASES) - 1
             if is_last and (sample["heads"], sample["workers"], sample["nodes"]) == (1, 1, 3):
                 break
+            # nothing is waited for: this is the pace of the samples
             time.sleep(max(0.0, SAMPLE_S - (time.monotonic() - now)))
     return timeline, decisions
 

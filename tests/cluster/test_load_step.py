@@ -10,7 +10,7 @@ import pytest
 from cluster.bench.page import plot
 from tests.bench.make_checkpoint import CACHE, make_checkpoint
 from tests.cluster.conftest import settle_in
-from tests.cluster.hosts import hosts, missing
+from tests.cluster.hosts import hosts
 
 NUM_LAYERS = 4
 TIMELINE = CACHE / "load-step.html"
@@ -18,8 +18,6 @@ TIMELINE = CACHE / "load-step.html"
 
 @pytest.mark.timeout(900)
 def test_heads_workers_and_nodes_follow_the_load(tmp_path: Path) -> None:
-    if reason := missing():
-        pytest.skip(reason)
     model = make_checkpoint("experts", NUM_LAYERS)
     with hosts(tmp_path, [1]) as (host,):
         settle_in(host)

@@ -1,12 +1,13 @@
 """A program: serve with two heads, do under streams what an operator does, print what was told.
 
-A changed file is deployed, workers come and go by settings that change, then Serve stops a head. A
-program of its own, since it must be the process that started Ray to reach replicas as Serve does.
-Prints JSON.
+Two changed files are deployed, the second with other settings of workers; workers come and go by
+settings that change; then Serve stops a head. A program of its own, since it must be the process
+that started Ray to reach replicas as Serve does. Prints JSON.
 """
 
 import json
 import sys
+from functools import partial
 
 import ray
 from ray import serve
@@ -26,12 +27,12 @@ def main(num_streams: int, max_tokens: int) -> None:
         after = 20 * num_streams
         texts = {}
         old = {worker.address for worker in client.cluster.status().workers}
-        changed = config.model_copy(update={"max_running_sequences": 32, "lease_s": 45.0})
-        num_workers_seen = []
+        changed = config.model_copy(update={"max_running_sequences": 32})
+        of_workers = changed.model_copy(update={"lease_s": 45.0})
 
-        def deploy() -> None:
+        def deploy(config: ServeConfig) -> None:
             # what `serve deploy` of a file with other `args` does: every replica is replaced
-            target = serve.RunTarget(target=build(changed), name=APP_NAME, route_prefix="/")
+            target = serve.RunTarget(target=build(config), name=APP_NAME, route_prefix="/")
             serve.run_many(
                 [target],
                 wait_for_ingress_deployment_creation=False,
@@ -44,14 +45,22 @@ def main(num_streams: int, max_tokens: int) -> None:
 
         def are_workers_new() -> bool:
             addresses = {worker.address for worker in client.cluster.status().workers}
-            num_workers_seen.append(len(addresses))
             return len(addresses - old) == config.num_workers
 
-        for when, disturb in (("a file deployed", deploy), ("while it is", lambda: None)):
+        for when, disturb in (
+            ("a file deployed", partial(deploy, changed)),
+            ("while it is", lambda: None),
+        ):
             stories = tell_all(client, prompts(num_streams), max_tokens, disturb, after)
             texts[when] = [story.text for story in stories]
         until(is_deployed, "all replicas of the changed file", timeout_s=120)
+        kept = {worker.address for worker in client.cluster.status().workers} == old
+        stories = tell_all(
+            client, prompts(num_streams), max_tokens, partial(deploy, of_workers), after
+        )
+        texts["a file for other workers"] = [story.text for story in stories]
         until(are_workers_new, "both workers' successors", timeout_s=120)
+        until(is_deployed, "all replicas of that file", timeout_s=120)
 
         name = next(
             actor["name"]
@@ -95,7 +104,7 @@ def main(num_streams: int, max_tokens: int) -> None:
         "texts": texts,
         "replays": replays,
         "refusal": refusal,
-        "fewest_workers": min(num_workers_seen),
+        "are_workers_kept": kept,
     }
     json.dump(told, sys.stdout)
 

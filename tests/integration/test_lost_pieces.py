@@ -53,9 +53,10 @@ def test_what_an_operator_changes_costs_no_stream_anything(alone: list[str]) -> 
     )
     assert ended.returncode == 0, ended.stderr
     told = json.loads(ended.stdout.splitlines()[-1])
-    changes = ("a file deployed", "while it is", "3 workers", "1 workers", "a head stopped")
+    deployed = ("a file deployed", "while it is", "a file for other workers")
+    changes = (*deployed, "3 workers", "1 workers", "a head stopped")
     assert told["texts"] == dict.fromkeys(changes, alone)
-    assert told["fewest_workers"] >= 1  # never both at once, as far as was seen
+    assert told["are_workers_kept"]
     assert list(told["replays"]) == ["moved"]
     assert "dtype cannot change without a restart" in told["refusal"]
 

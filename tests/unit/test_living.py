@@ -235,6 +235,30 @@ def test_with_other_copies_a_lost_worker_is_unlisted_at_once() -> None:
     assert all(len(copies) == 2 for layer in cluster.newest.table for copies in layer)
 
 
+@pytest.mark.parametrize("copies", [1, 2])
+def test_there_is_no_rest_until_heads_know_that_a_lost_workers_successor_holds_all(
+    copies: int,
+) -> None:
+    """So outdated workers are replaced one after the other: the next when there is rest."""
+    cluster = Cluster(sizes(3, copies=copies))
+    cluster.run()
+    assert cluster.living.is_at_rest
+    for index in range(3):
+        cluster.workers[index] = None
+        cluster.living.lose(index)
+        assert not cluster.living.is_at_rest
+        cluster.beat()
+        assert not cluster.living.is_at_rest
+        cluster.restart_worker(index)
+        while not cluster.living.is_at_rest:
+            cluster.beat()
+        assert cluster.head_stamp == cluster.newest.stamp
+        assert cluster.newest.num_missing == 0
+        worker = cluster.workers[index]
+        assert worker is not None
+        assert worker.incarnation in {info.incarnation for info in cluster.newest.workers}
+
+
 def test_without_copies_a_replacement_serves_each_expert_as_it_arrives_hottest_first() -> None:
     cluster = Cluster(sizes(2))
     cluster.run()
