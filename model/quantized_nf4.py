@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from model.errors import QuantizationError
@@ -52,6 +53,9 @@ def nf4_matrix(
     """The parts as something that multiplies rows of that dtype. Raises QuantizationError."""
     functional = bitsandbytes().functional
     device = parts["codes"].device
+    # Its kernel for AVX-512 begins a block with every row, whatever the last one left: wrong by
+    # far where a row is not whole blocks. As a single row the same weights come out right.
+    is_one_row = device.type == "cpu" and shape[1] % NF4_BLOCK != 0
     offset = scales_state = None
     if "scale_scales" in parts:
         offset = parts["scale_offset"].squeeze()
@@ -63,7 +67,7 @@ def nf4_matrix(
         )
     state = functional.QuantState(
         absmax=parts["scales"],
-        shape=torch.Size(shape),
+        shape=torch.Size([shape[0] * shape[1]] if is_one_row else shape),
         code=functional.get_4bit_type("nf4", device=device),
         blocksize=NF4_BLOCK,
         quant_type="nf4",
@@ -72,7 +76,13 @@ def nf4_matrix(
         state2=scales_state,
     )
     nbytes = sum(part.nbytes for part in parts.values())
-    return Nf4Matrix(parts["codes"], state, nbytes, bitsandbytes().matmul_4bit)
+    if not is_one_row:
+        return Nf4Matrix(parts["codes"], state, nbytes, bitsandbytes().matmul_4bit)
+
+    def multiply(x_RI: Tensor, codes: Tensor, state: Any) -> Tensor:
+        return F.linear(x_RI, functional.dequantize_4bit(codes, state).view(shape))
+
+    return Nf4Matrix(parts["codes"], state, nbytes, multiply)
 
 
 @dataclass(frozen=True)
@@ -83,7 +93,8 @@ class Nf4Matrix:
     state: Any
     """bitsandbytes' QuantState, with the scales."""
     nbytes: int
-    matmul_4bit: Callable[[Tensor, Tensor, Any], Tensor]
+    multiply: Callable[[Tensor, Tensor, Any], Tensor]
+    """Rows by codes and state: bitsandbytes' matmul_4bit, or what stands in for it."""
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -93,7 +104,7 @@ class Nf4Matrix:
         return self.codes, state.absmax, state.state2.absmax, state.offset
 
     def linear(self, x_RI: Tensor) -> Tensor:
-        return self.matmul_4bit(x_RI, self.codes, self.state)
+        return self.multiply(x_RI, self.codes, self.state)
 
 
 def bitsandbytes() -> Any:
