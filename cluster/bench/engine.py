@@ -19,7 +19,8 @@ from cluster.bench.profile import StepRecorder, mean_parts
 from cluster.bench.workers import Worker, connected, makers_for, running_workers
 from cluster.config import ServeConfig
 from cluster.errors import BenchError, ConfigurationError
-from cluster.head.engine import Engine, Event
+from cluster.head.engine import Engine
+from cluster.head.events import Event
 from cluster.head.scheduler import Scheduler
 from cluster.head.sequence import Sequence as EngineSequence
 from cluster.head.stopwatch import Stopwatch

@@ -10,7 +10,6 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,11 +17,12 @@ from torch import Tensor
 from cluster.errors import MaestraleError, RequestError
 from cluster.head.classification import Classification
 from cluster.head.drawing import Drawn, broken_chunks, draw, keep_prompt_logprobs, score
+from cluster.head.events import Event, Load, Outbox, RequestKey
 from cluster.head.masks import GrammarMasks
 from cluster.head.micro_batches import MicroBatches
 from cluster.head.probe import pass_through_every_expert
 from cluster.head.scheduler import Chunk, Scheduler, Step
-from cluster.head.sequence import Finish, Sequence
+from cluster.head.sequence import Sequence
 from cluster.head.stopwatch import Stopwatch
 from cluster.metrics import HeadMetrics
 from cluster.step_stats import StepStats
@@ -31,61 +31,12 @@ from model.decoder import Decoder
 from model.errors import ModelError, SamplingError
 from model.experts import Experts
 from model.kv_cache import KVCache
-from model.sampling_params import TokenLogprobs
 
 logger = logging.getLogger(__name__)
 
 CHECKED_SHARE = 0.01
 """Of the time, for looking at all blocks where the engine is idle. That takes 11 ms for 30,000
 blocks, and who asks meanwhile waits."""
-
-RequestKey = int
-"""A request's number within its outbox."""
-
-
-@dataclass(frozen=True)
-class Event:
-    """News of one request: new tokens, its end, or its failure.
-
-    scores:     of a classified prompt, one for each label; it has ended.
-    logprobs:   of token_ids, where they are asked for.
-    prompt_logprobs: of the prompt from its second token on, with the first tokens.
-    num_reused: with the first tokens, how many of the prompt's were not computed for this request.
-    error:      the request failed and has ended; `is_refusal` says that it never could have worked.
-    param:      of a refusal, the sampling parameter at fault, if it is one.
-    """
-
-    key: RequestKey
-    token_ids: tuple[int, ...] = ()
-    finish: Finish | None = None
-    scores: tuple[float, ...] = ()
-    logprobs: tuple[TokenLogprobs, ...] = ()
-    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
-    num_reused: int | None = None
-    error: str | None = None
-    is_refusal: bool = False
-    param: str | None = None
-
-
-@dataclass(frozen=True)
-class Load:
-    """How busy an engine is.
-
-    num_requests:     that it has taken and not ended.
-    num_waiting:      of those, not admitted yet.
-    num_free_tokens:  for which the KV cache has room, out of num_cache_tokens.
-    """
-
-    num_requests: int
-    num_waiting: int
-    num_free_tokens: int
-    num_cache_tokens: int
-
-
-class Outbox(Protocol):
-    """Where the events of some requests go. Called from the engine's thread; must not block."""
-
-    def put(self, events: Many[Event]) -> None: ...
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from collections.abc import Sequence as Many
 
 from cluster.head.classification import Classification
 from cluster.head.drafts import LookupDrafter
-from cluster.head.engine import Event, Load
+from cluster.head.events import Event, Load
 from cluster.head.sequence import Sequence
 from model.grammar_spec import GrammarSpec
 from model.sampling_params import SamplingParams, TokenLogprobs

@@ -14,7 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 
 from cluster import rpc
-from cluster.head.engine import Engine, Event
+from cluster.head.engine import Engine
+from cluster.head.events import Event
 from cluster.head.messages import to_load, to_sequence, to_spec, to_step_events
 from cluster.head.sequence import Sequence
 from cluster.log import RareWarnings

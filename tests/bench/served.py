@@ -36,7 +36,8 @@ from cluster.bench.workload import Job, Lengths, Synthetic, jobs_from
 from cluster.client.settings import settings
 from cluster.config import ServeConfig
 from cluster.head.build import new_engine
-from cluster.head.engine import Engine, Event
+from cluster.head.engine import Engine
+from cluster.head.events import Event
 from cluster.head.sequence import Sequence as EngineSequence
 from cluster.head.stopwatch import Stopwatch
 from cluster.metrics import HeadMetrics

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from cluster.head.drafts import LookupDrafter
-from cluster.head.engine import Event
+from cluster.head.events import Event
 from cluster.head.sequence import Sequence
 from model import Mixtral
 from model.grammar import Grammar, GrammarCompiler

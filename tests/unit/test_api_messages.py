@@ -6,7 +6,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.head.engine import Event, Load
+from cluster.head.events import Event, Load
 from cluster.head.messages import to_load, to_sequence, to_spec, to_step_events
 from cluster.head.sequence import Sequence
 from cluster.ingress.journal import Journal, News

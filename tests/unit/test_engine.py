@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from cluster.head.engine import Event, Load
+from cluster.head.events import Event, Load
 from cluster.head.sequence import Sequence
 from model import Mixtral
 from model.sampling_params import SamplingParams

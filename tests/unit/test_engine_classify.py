@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cluster.head.classification import Classification
-from cluster.head.engine import Event
+from cluster.head.events import Event
 from cluster.head.messages import to_sequence, to_step_events
 from cluster.head.probe import pass_through_every_expert
 from cluster.head.sequence import Sequence

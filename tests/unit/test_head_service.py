@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cluster import rpc
-from cluster.head.engine import Event, Load
+from cluster.head.events import Event, Load
 from cluster.head.sequence import Sequence
 from cluster.head.service import HeadService, StreamOutbox
 from cluster.ingress.journal import Journal
