@@ -14,15 +14,22 @@ import re
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError, meta
+from jinja2 import Template, TemplateError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from model.config import read_json
 from model.errors import ConfigError, PromptError
 from model.tokenizer import Tokenizer
+
+TEMPLATE_FILE = "chat_template.jinja"
+TOOL_USE_FILE = "additional_chat_templates/tool_use.jinja"
+
+DEFAULT, TOOL_USE = "default", "tool_use"
+"""Names of templates, where a checkpoint has several: for conversations without tools and with."""
 
 CALLS_MARKER = "[TOOL_CALLS]"
 """What a model of Mistral's writes before its tool calls; a control token where there is one."""
@@ -52,7 +59,15 @@ MISTRAL_V1_TEMPLATE = """\
 
 
 RESERVED = frozenset(
-    {"messages", "tools", "add_generation_prompt", "bos_token", "eos_token", "raise_exception"}
+    {
+        "messages",
+        "tools",
+        "add_generation_prompt",
+        "bos_token",
+        "eos_token",
+        "raise_exception",
+        "strftime_now",
+    }
 )
 """Variables of a template that only `ChatFormat.encode` sets."""
 
@@ -100,8 +115,16 @@ class Message:
 class ChatFormat:
     """Renders conversations for one checkpoint. Immutable; safe to share between threads."""
 
-    def __init__(self, tokenizer: Tokenizer, template: str = MISTRAL_V1_TEMPLATE) -> None:
-        """Raises ConfigError when the template does not parse."""
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: str = MISTRAL_V1_TEMPLATE,
+        tool_template: str | None = None,
+    ) -> None:
+        """tool_template: for conversations with tools; None where the other serves for all.
+
+        Raises ConfigError when a template does not parse.
+        """
         self.template = template
         self._tokenizer = tokenizer
         # nobody can put into a message what he cannot foresee
@@ -112,45 +135,39 @@ class ChatFormat:
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
         environment.globals["raise_exception"] = _raise_prompt_error
+        environment.globals["strftime_now"] = _strftime_now
         environment.filters["tojson"] = _to_json  # jinja's own is for HTML
-        controls = sorted(tokenizer.control_ids, key=len, reverse=True)
-        marked = re.sub(
-            "|".join(map(re.escape, controls)),
-            lambda found: self._mark_of(tokenizer.control_ids[found[0]]),
-            template,
-        )
+        with_tools = template if tool_template is None else tool_template
         try:
-            variables = meta.find_undeclared_variables(environment.parse(marked))
-            self._template = environment.from_string(marked)
+            self._template = environment.from_string(self._marked(template))
+            self._tool_template = environment.from_string(self._marked(with_tools))
+            variables = meta.find_undeclared_variables(environment.parse(with_tools))
         except TemplateError as error:
             raise ConfigError(f"the chat template does not parse: {error}") from error
-        self.takes_tools = "tools" in variables and CALLS_MARKER in template
+        self.takes_tools = "tools" in variables and CALLS_MARKER in with_tools
         """Whether the template tells the model of tools, and calls are written as Mistral's are."""
         self.calls_marker_id = tokenizer.control_ids.get(CALLS_MARKER)
         """Id of CALLS_MARKER; None where it is plain text."""
 
     @classmethod
     def from_folder(cls, folder: Path, tokenizer: Tokenizer) -> "ChatFormat":
-        """The template of `chat_template.jinja`, else of `tokenizer_config.json`, else Mistral's.
+        """The template of `chat_template.jinja`, else of `tokenizer_config.json`, else Mistral's;
+        with one of its own for conversations with tools (`tool_use`) where the checkpoint has it.
 
         Raises ConfigError when one of them is there but cannot be used.
         """
-        template_file = folder / "chat_template.jinja"
-        if template_file.is_file():
-            try:
-                template = template_file.read_text(encoding="utf-8")
-            except (OSError, ValueError) as error:
-                raise ConfigError(f"{template_file} cannot be read as text: {error}") from error
-            return cls(tokenizer, template)
+        files = {DEFAULT: folder / TEMPLATE_FILE, TOOL_USE: folder / TOOL_USE_FILE}
         config_file = folder / "tokenizer_config.json"
-        if not config_file.is_file():
-            return cls(tokenizer)
-        given = read_json(config_file).get("chat_template")
-        if given is None:
-            return cls(tokenizer)
-        if not isinstance(given, str):
-            raise ConfigError(f"{config_file}: chat_template must be one template, as text")
-        return cls(tokenizer, given)
+        named: dict[str, str] = {}
+        if config_file.is_file() and not files[DEFAULT].is_file():
+            named = _named_templates(read_json(config_file).get("chat_template"), config_file)
+        for name, file in files.items():
+            if file.is_file():
+                try:
+                    named[name] = file.read_text(encoding="utf-8")
+                except (OSError, ValueError) as error:
+                    raise ConfigError(f"{file} cannot be read as text: {error}") from error
+        return cls(tokenizer, named.get(DEFAULT, MISTRAL_V1_TEMPLATE), named.get(TOOL_USE))
 
     def encode(
         self,
@@ -180,6 +197,7 @@ class ChatFormat:
         if continues_last:
             turns[-1]["content"] = (messages[-1].content or "") + self._end
         text = self._render(
+            self._tool_template if tools else self._template,
             {
                 **(variables or {}),
                 "messages": turns,
@@ -187,7 +205,7 @@ class ChatFormat:
                 "add_generation_prompt": adds_prompt,
                 "bos_token": self._mark_of(self._tokenizer.bos_id),
                 "eos_token": self._mark_of(self._tokenizer.eos_id),
-            }
+            },
         )
         if continues_last:
             text, found, _ = text.rpartition(self._end)
@@ -198,6 +216,15 @@ class ChatFormat:
             marker_id = self.calls_marker_id
             text += CALLS_MARKER if marker_id is None else self._mark_of(marker_id)
         return self._encode(text)
+
+    def _marked(self, template: str) -> str:
+        """With marks for the control tokens that it writes."""
+        controls = sorted(self._tokenizer.control_ids, key=len, reverse=True)
+        return re.sub(
+            "|".join(map(re.escape, controls)),
+            lambda found: self._mark_of(self._tokenizer.control_ids[found[0]]),
+            template,
+        )
 
     def _mark_of(self, token_id: int) -> str:
         return f"{self._nonce}-{token_id}-"
@@ -216,9 +243,9 @@ class ChatFormat:
                 ids += self._tokenizer.encode(segment)
         return ids
 
-    def _render(self, variables: dict[str, Any]) -> str:
+    def _render(self, template: Template, variables: dict[str, Any]) -> str:
         try:
-            return self._template.render(variables)
+            return template.render(variables)
         except PromptError as error:  # the template's own words
             raise PromptError(self._without_marks(str(error))) from error
         except Exception as error:  # a template is a program of others: it may raise anything
@@ -229,6 +256,30 @@ class ChatFormat:
         """A text for callers: who learned the nonce from it could write control tokens."""
         spelled = self._mark.sub(lambda found: self._tokenizer.piece(int(found[1])), text)
         return spelled.replace(self._end, "").replace(self._nonce, "")
+
+
+def _named_templates(given: Any, file: Path) -> dict[str, str]:
+    """The `chat_template` of a tokenizer_config.json: one, or several with names."""
+    if given is None:
+        return {}
+    if isinstance(given, str):
+        return {DEFAULT: given}
+    try:
+        named = {str(each["name"]): each["template"] for each in given}
+    except (TypeError, KeyError) as error:
+        raise ConfigError(
+            f"{file}: chat_template is neither a template, as text, nor a list of them with names"
+        ) from error
+    if DEFAULT not in named or not all(isinstance(each, str) for each in named.values()):
+        raise ConfigError(
+            f"{file}: of the chat templates {sorted(named)} one must be {DEFAULT!r}, all be text"
+        )
+    return named
+
+
+def _strftime_now(form: str) -> str:
+    """Today's date, or what else a template tells the model of the time; as transformers has it."""
+    return datetime.now().strftime(form)
 
 
 def _raise_prompt_error(message: Any) -> None:

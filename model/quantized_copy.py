@@ -55,6 +55,7 @@ _COPIED = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
+    "additional_chat_templates/tool_use.jinja",
 )
 _OUTER_FILE = "model-outer.safetensors"
 _Shapes = dict[str, tuple[int, int]]
@@ -259,6 +260,7 @@ def _load_parts_of(
 def _copy_files(source: "Checkpoint", target: Path) -> None:
     for name in _COPIED:
         if (source.folder / name).is_file():
+            (target / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source.folder / name, target / name)
     config_file = source.folder / "config.json"
     if config_file.is_file():

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -225,6 +226,37 @@ def test_the_template_file_goes_before_the_configuration_and_that_before_the_def
     assert ids() == tokenizer.encode("of the file")
 
 
+def test_a_checkpoint_may_have_a_template_of_its_own_for_tools(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    """As transformers chooses: `tool_use` where there are tools, `default` elsewhere."""
+
+    def ids(tools: list[dict[str, str]]) -> list[int]:
+        form = ChatFormat.from_folder(tmp_path, tokenizer)
+        return form.encode([Message("user", "Hi")], tools=tools)
+
+    tool_use = {"name": "tool_use", "template": "{{ tools[0].name }} [TOOL_CALLS]"}
+    templates = [tool_use, {"name": "default", "template": "plain"}]
+    config_file = tmp_path / "tokenizer_config.json"
+    config_file.write_text(json.dumps({"chat_template": templates}))
+    assert ids([]) == tokenizer.encode("plain")
+    assert ids([{"name": "clock"}]) == tokenizer.encode("clock [TOOL_CALLS]")
+    assert ChatFormat.from_folder(tmp_path, tokenizer).takes_tools
+    (tmp_path / "chat_template.jinja").write_text("of the file")
+    assert ids([{"name": "clock"}]) == tokenizer.encode("of the file")
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates/tool_use.jinja").write_text("of another")
+    assert ids([{"name": "clock"}]) == tokenizer.encode("of another")
+    assert ids([]) == tokenizer.encode("of the file")
+
+
+def test_a_template_may_tell_the_date(tokenizer: Tokenizer) -> None:
+    before = date.today()
+    ids = ChatFormat(tokenizer, "{{ strftime_now('%Y-%m-%d') }}").encode([Message("user", "Hi")])
+    days = {tokenizer.encode(str(day)) == ids for day in (before, date.today())}
+    assert True in days
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -232,6 +264,9 @@ def test_the_template_file_goes_before_the_configuration_and_that_before_the_def
         ("tokenizer_config.json", b"[]"),
         pytest.param("tokenizer_config.json", b"[" * 100_000, id="nested too deeply"),
         ("tokenizer_config.json", b'{"chat_template": [{"name": "default"}]}'),
+        ("tokenizer_config.json", b'{"chat_template": [{"name": "rag", "template": "x"}]}'),
+        ("tokenizer_config.json", b'{"chat_template": [{"name": "default", "template": 5}]}'),
+        ("tokenizer_config.json", b'{"chat_template": 5}'),
         ("tokenizer_config.json", b'{"chat_template": "{% if %}"}'),
         ("chat_template.jinja", b"{{ unclosed"),
         ("chat_template.jinja", b"\xff\xfe not UTF-8"),

@@ -26,6 +26,7 @@ class FakeHub:
         for file in self.files:
             wanted = any(fnmatch.fnmatch(file, pattern) for pattern in allow_patterns)
             if wanted and not (self.cache / file).exists():
+                (self.cache / file).parent.mkdir(exist_ok=True)
                 (self.cache / file).touch()
                 self.fetched.append(file)
         return str(self.cache)
@@ -64,6 +65,7 @@ def test_a_home_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_only_files_that_are_read_are_fetched(hub: FakeHub, tmp_path: Path) -> None:
     read = [
+        "additional_chat_templates/tool_use.jinja",
         "chat_template.jinja",
         "config.json",
         "generation_config.json",
