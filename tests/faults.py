@@ -62,6 +62,11 @@ def kill(pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
+def pause(pid: int) -> None:
+    """SIGSTOP, for good. The kernel still takes its bytes; nobody answers."""
+    os.kill(pid, signal.SIGSTOP)
+
+
 def kill_all(root: int) -> None:
     """The same for a process and all below it."""
     doomed = [psutil.Process(root), *descendants(root)]
@@ -72,8 +77,8 @@ def kill_all(root: int) -> None:
 
 @contextmanager
 def paused(pid: int) -> Iterator[None]:
-    """SIGSTOP inside, SIGCONT at the end. The kernel still takes its bytes; nobody answers."""
-    os.kill(pid, signal.SIGSTOP)
+    """`pause` inside, SIGCONT at the end."""
+    pause(pid)
     try:
         yield
     finally:
@@ -82,8 +87,10 @@ def paused(pid: int) -> Iterator[None]:
 
 
 @contextmanager
-def killing(pick: Callable[[], int | None], every_s: float) -> Iterator[list[int]]:
-    """Inside, kill -9 what `pick` names every so often; None spares it this time.
+def killing(
+    pick: Callable[[], int | None], every_s: float, how: Callable[[int], None] = kill
+) -> Iterator[list[int]]:
+    """Inside, do that to what `pick` names every so often; None spares it this time.
 
     Yields the ids killed so far. An error of `pick` is raised at the end.
     """
@@ -96,7 +103,7 @@ def killing(pick: Callable[[], int | None], every_s: float) -> Iterator[list[int
             while not is_over.wait(every_s):
                 pid = pick()
                 if pid is not None:
-                    kill(pid)
+                    how(pid)
                     killed.append(pid)
         except Exception as error:
             errors.append(error)

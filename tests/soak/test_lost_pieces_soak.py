@@ -35,6 +35,13 @@ def two_heads() -> Iterator[Service]:
         service.stop()
 
 
+@pytest.fixture
+def two_copies() -> Iterator[Service]:
+    service = Service.start("--dtype", "float32", "--workers", "3", "--set", "expert_copies=2")
+    yield service
+    service.stop()
+
+
 def oldest(service: Service, kind: str) -> Callable[[], int | None]:
     """Picks the actor of a class that has lived longest: the one that most depends on."""
 
@@ -54,15 +61,21 @@ def tell_until(client: Client, prompt: str, is_over: threading.Event) -> list[St
 
 
 def soak(
-    service: Service, mixtral: Mixtral, pick: Callable[[], int | None], every_s: float
+    service: Service,
+    mixtral: Mixtral,
+    pick: Callable[[], int | None],
+    every_s: float,
+    how: Callable[[int], None] = faults.kill,
 ) -> None:
-    """Kill what is picked every so often, under streams; prints what they saw, and checks it."""
+    """Do that to what is picked every so often, under streams; prints what they saw, and checks
+    it.
+    """
     asked = prompts(NUM_STREAMS)
     alone = [mixtral.generate(prompt, max_tokens=MAX_TOKENS) for prompt in asked]
     is_over = threading.Event()
     with service.client() as client, ThreadPoolExecutor(NUM_STREAMS) as pool:
         try:
-            with faults.killing(pick, every_s) as killed:
+            with faults.killing(pick, every_s, how) as killed:
                 running = [pool.submit(tell_until, client, prompt, is_over) for prompt in asked]
                 time.sleep(DURATION_S)
         finally:
@@ -72,11 +85,11 @@ def soak(
     gaps_s = [gap for own in stories for story in own for gap in story.gaps_s]
     longest_s = [max(story.gaps_s) for own in stories for story in own]
     print(
-        f"\n{len(killed)} killed in {DURATION_S:.0f} s; {sum(map(len, stories))} streams, "
-        f"{replays:.0f} replays; between chunks p50 {percentile(gaps_s, 50):.3f} s, p99 "
-        f"{percentile(gaps_s, 99):.3f} s; longest stall of a stream p50 "
-        f"{percentile(longest_s, 50):.2f} s, p99 {percentile(longest_s, 99):.2f} s, max "
-        f"{max(longest_s):.2f} s"
+        f"\n{len(killed)} victims of {how.__name__} in {DURATION_S:.0f} s; "
+        f"{sum(map(len, stories))} streams, {replays:.0f} replays; between chunks p50 "
+        f"{percentile(gaps_s, 50):.3f} s, p99 {percentile(gaps_s, 99):.3f} s; longest "
+        f"stall of a stream p50 {percentile(longest_s, 50):.2f} s, "
+        f"p99 {percentile(longest_s, 99):.2f} s, max {max(longest_s):.2f} s"
     )
     for text, own in zip(alone, stories, strict=True):
         assert {story.text for story in own} == {text}
@@ -85,3 +98,11 @@ def soak(
 
 def test_a_head_of_two_is_killed_every_15_seconds(two_heads: Service, mixtral: Mixtral) -> None:
     soak(two_heads, mixtral, oldest(two_heads, "HeadReplica"), every_s=15.0)
+
+
+@pytest.mark.parametrize("how", [faults.kill, faults.pause])
+def test_a_worker_of_three_is_lost_every_30_seconds(
+    two_copies: Service, mixtral: Mixtral, how: Callable[[int], None]
+) -> None:
+    """The controller kills what is paused, and starts another in its place."""
+    soak(two_copies, mixtral, oldest(two_copies, "ExpertWorker"), every_s=30.0, how=how)

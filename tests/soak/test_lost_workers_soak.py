@@ -17,7 +17,7 @@ import pytest
 from cluster import rpc
 from cluster.bench.workers import FromCheckpoint, Worker, running_workers
 from cluster.head.dispatch import RemoteExperts
-from cluster.head.engine import Event
+from cluster.head.events import Event
 from cluster.head.feed import PlacementFeed
 from cluster.head.sequence import Sequence
 from cluster.placement import Placement, Table, WorkerInfo, held_by
@@ -89,22 +89,26 @@ def params_of(number: int) -> SamplingParams:
     return SamplingParams(max_tokens=MAX_TOKENS, temperature=0.8, seed=number)
 
 
-def two_copies(mixtral: Mixtral) -> Table:
-    """Every expert on two of the workers."""
+def spread(mixtral: Mixtral, num_copies: int) -> Table:
+    """Every expert on so many of the workers."""
     config = mixtral.config
     return tuple(
         tuple(
-            (((layer + e) % NUM_WORKERS,), ((layer + e + 1) % NUM_WORKERS,))
+            tuple(((layer + e + copy) % NUM_WORKERS,) for copy in range(num_copies))
             for e in range(config.num_local_experts)
         )
         for layer in range(config.num_hidden_layers)
     )
 
 
-def test_killed_and_paused_workers_cost_no_token(mixtral: Mixtral, stories: list[str]) -> None:
+@pytest.mark.parametrize("num_copies", [2, 1])
+def test_killed_and_paused_workers_cost_no_token(
+    mixtral: Mixtral, stories: list[str], num_copies: int
+) -> None:
+    """Without a second copy rows wait for the next worker, or for the end of the pause."""
     prompts = [mixtral.tokenizer.encode_prompt(story)[:20] for story in stories[:NUM_STREAMS]]
     expected = mixtral.generate_ids(prompts, [params_of(n) for n in range(NUM_STREAMS)])
-    table = two_copies(mixtral)
+    table = spread(mixtral, num_copies)
     feed = PlacementFeed()
     with ExitStack() as stack:
 
@@ -166,9 +170,9 @@ def test_killed_and_paused_workers_cost_no_token(mixtral: Mixtral, stories: list
         for _, at in faults
     ]
     print(
-        f"\n{len(streams.ids)} requests, {len(lengths)} tokens, {len(faults)} faults; between "
-        f"tokens: median {statistics.median(lengths) * 1e3:.0f} ms, p99 "
-        f"{lengths[int(0.99 * len(lengths))] * 1e3:.0f} ms, longest {lengths[-1] * 1e3:.0f} ms; "
-        "longest after each fault: "
+        f"\n{num_copies} copies: {len(streams.ids)} requests, {len(lengths)} tokens, "
+        f"{len(faults)} faults; between tokens: median {statistics.median(lengths) * 1e3:.0f} ms, "
+        f"p99 {lengths[int(0.99 * len(lengths))] * 1e3:.0f} ms, longest "
+        f"{lengths[-1] * 1e3:.0f} ms; longest after each fault: "
         + ", ".join(f"{kind} {s * 1e3:.0f} ms" for (kind, _), s in zip(faults, worst, strict=True))
     )
