@@ -184,7 +184,7 @@ class WorkerActor:
             await self._actor.release.remote(self._owner)
 
     async def dismiss(self) -> None:
-        """End it: there are to be fewer."""
+        """End it, also where it has never been heard of: there is to be no other in its place."""
         if self.incarnation is None and self._actor is not None:
             ray.kill(self._actor)  # it may still wait for a node to start on
         else:

@@ -97,12 +97,13 @@ def build(config: ServeConfig) -> serve.Application:
 
 def _number_of_heads(config: ServeConfig) -> dict[str, Any]:
     """Serve's options for it: fixed, or what the controller says, as soon as it says so."""
-    if config.max_heads is None:
+    if config.max_heads is None and config.sleep_after_s is None:
         return {"num_replicas": config.num_heads}
     return {
         "autoscaling_config": AutoscalingConfig(
-            min_replicas=config.num_heads,
-            max_replicas=config.max_heads,
+            min_replicas=config.num_heads if config.sleep_after_s is None else 0,
+            initial_replicas=config.num_heads,
+            max_replicas=config.most_heads,
             upscale_delay_s=0,
             downscale_delay_s=0,
             policy=AutoscalingPolicy(policy_function=as_heads_were_told),

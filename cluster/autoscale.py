@@ -47,6 +47,8 @@ class Scaling:
     them up for a short pause costs more than it saves."""
     cooldown_s: float = 30.0
     """Between two changes of a side, seconds: the first must show in the signals."""
+    sleep_after_s: float | None = None
+    """How long no head must have had anything to do before all are let go, seconds. None: never."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,13 @@ class State:
 
     heads: Side
     workers: Side
+    idle_since: float | None = None
+    """Since when nobody has had anything to do, or waited for a head."""
+
+    @property
+    def is_asleep(self) -> bool:
+        """Nobody is wanted. Whoever is asked for a head begins anew."""
+        return self.heads.target == 0
 
     @classmethod
     def of(cls, *, num_heads: int, num_workers: int) -> "State":
@@ -95,6 +104,17 @@ def decide(
     now: seconds, of a clock that only runs forward.
     """
     heads, workers = signals.heads, signals.workers
+    is_idle = not signals.is_awaited and not any(head.is_used for head in heads)
+    idle_since = _since(state.idle_since, is_idle, now)
+    if idle_since is not None and settings.sleep_after_s is not None:
+        idle_s = now - idle_since
+        if idle_s >= settings.sleep_after_s:
+            return Decision(
+                num_heads=0,
+                num_workers=0,
+                is_change=not state.is_asleep,
+                reason=f"Heads and workers go: there was no request for {idle_s:.0f} s.",
+            ), State(Side(0), Side(0), idle_since)
     kv_fill = _mean(head.kv_fill for head in heads)
     step_fill = _mean(head.step_fill for head in heads)
     num_waiting = sum(head.num_waiting for head in heads)
@@ -141,7 +161,7 @@ def decide(
             f"{own_s:.2f} s against {away_s:.2f} s for experts and transfer)."
         ),
     )
-    return decision, State(head_side, worker_side)
+    return decision, State(head_side, worker_side, idle_since)
 
 
 def _settle(

@@ -92,6 +92,9 @@ class ServeConfig(BaseModel):
     scale_down_after_s: float = Field(default=300.0, ge=0)
     """How long they must have too little to do before some are let go, seconds: starting them again
     takes minutes with a large model."""
+    sleep_after_s: float | None = Field(default=None, gt=0)
+    """How long no request must be in progress before all heads and workers are let go, seconds. The
+    next request starts them again, and waits for them (head_wait_s). None: never."""
     num_ingresses: int = Field(default=1, ge=1, le=256)
     """Ingress replicas. They tokenise and stream, without touching torch."""
 
@@ -214,7 +217,7 @@ class ServeConfig(BaseModel):
     machine. A broken connection is noticed at once, whatever this says."""
     head_wait_s: float = Field(default=60.0, gt=0)
     """How long a request waits for a head when there is none, seconds. Above the time that Serve
-    takes to start a head anew."""
+    takes to start a head anew; with sleep_after_s, all that heads and workers take to start."""
     cross_check_share: float = Field(default=0.001, ge=0, le=1)
     """Share of the rows for experts with several copies that a second copy computes as well, beside
     the answers, to find memory or a processor that has gone bad. 0: none."""

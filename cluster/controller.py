@@ -18,15 +18,15 @@ from ray import serve
 from ray.serve.schema import ApplicationStatus
 
 from cluster.actors import WorkerActor, alive_workers, worker_name
-from cluster.autoscale import Decision, Scaling, State, decide
+from cluster.autoscale import Decision
 from cluster.config import ServeConfig
 from cluster.errors import MaestraleError
 from cluster.follow import WATCH_S, HeadReport
 from cluster.living import Change, LivingPlacement, Sizes
 from cluster.manifest import CACHE, Manifest
 from cluster.placement import ClusterView, HeadInfo, HeadsWanted
+from cluster.scaling import Scaler
 from cluster.schema import Move, Rebalancing
-from cluster.signals import Observer
 from model.errors import ModelError
 
 logger = logging.getLogger(__name__)
@@ -48,6 +48,10 @@ SCALE_EVERY_S = 5.0
 least twice meanwhile."""
 
 
+class _AsleepError(Exception):
+    """Heads have gone, and workers are to go."""
+
+
 class Controller:
     """Carries out the living placement. All state belongs to the replica's event loop."""
 
@@ -64,6 +68,7 @@ class Controller:
         """Workers are wanted that there are not."""
         self._living: LivingPlacement | None = None
         self._heads: dict[str, tuple[HeadReport, float]] = {}
+        self._scaler = Scaler(knows_heads_at=0.0)
         self._view = ClusterView(
             version=1,
             phase="starting expert workers",
@@ -134,22 +139,33 @@ class Controller:
             adopted=is_adopted,
         )
 
+    async def wake(self) -> None:
+        """Called by an ingress that has a request and no head: have heads and workers again."""
+        self._scaler.is_awaited = True
+        if self._view.is_asleep:
+            number = self._config.num_heads
+            wanted = HeadsWanted(number, time.time())
+            logger.info("woken by a request")
+            self._set_view(
+                replace(self._view, is_asleep=False, heads_wanted=wanted, heads_expected=number)
+            )
+
     def check_health(self) -> None:
         """Called by Serve; a controller that supervises no more is replaced."""
         if self._supervisor.done():
             raise RuntimeError(f"supervision has ended: {self._supervisor}")
 
     async def __del__(self) -> None:
-        """Called by Serve before it ends the replica: release the workers that are still ours, if
-        the application is to end. The controller of a changed file goes on with them, within their
+        """Called by Serve before it ends the replica: end the workers that are still ours, if the
+        application is to end. The controller of a changed file goes on with them, within their
         lease.
         """
         self._supervisor.cancel()
         if await asyncio.to_thread(self._has_successor):
             return
-        releases = [asyncio.ensure_future(worker.release()) for worker in self._workers.values()]
-        if releases:
-            await asyncio.wait(releases, timeout=5)
+        endings = [asyncio.ensure_future(worker.dismiss()) for worker in self._workers.values()]
+        if endings:
+            await asyncio.wait(endings, timeout=5)
 
     def _has_successor(self) -> bool:
         """Whether Serve is about to start another controller. Asks Serve, and blocks meanwhile."""
@@ -161,42 +177,67 @@ class Controller:
         return application is not None and application.status != ApplicationStatus.DELETING
 
     async def _supervise(self) -> None:
-        """Start the workers and keep them; never returns."""
+        """Start the workers and keep them, but for times of sleep; never returns."""
         config = self._config
-        name_of = partial(worker_name, self._app_name)
         # those that a controller before this one has added are still needed, for all it knows
         num_alive = max(await asyncio.to_thread(alive_workers, self._app_name), default=-1) + 1
         self._set_view(replace(self._view, takes_over=num_alive > 0))
         try:
             sizes, weights, manifest = await asyncio.to_thread(self._read_checkpoint)
             num_workers = max(config.num_workers, min(num_alive, config.most_workers))
-            living = LivingPlacement(
-                sizes.for_workers(num_workers),
-                name_of,
-                drain_s=config.expert_timeout_s,
-                term=time.time_ns(),
-            )
+            living = self._new_living(sizes, num_workers)
             living.proposal()()  # is there room at all?
         except (MaestraleError, ModelError, OSError) as error:
             # Another start would fail the same way: say so, to whoever asks, until deleted.
             logger.error("nothing can be placed: %s", error)
             self._set_view(replace(self._view, phase="failed", error=str(error)))
             await asyncio.Event().wait()
+        if num_alive:  # and heads, which have yet to be heard of
+            self._scaler = Scaler(time.monotonic() + HEAD_SILENT_AFTER_S)
+        while True:
+            try:
+                await self._keep_alive(living, weights, manifest)
+            except* _AsleepError:
+                await self._sleep()
+            living = self._new_living(sizes, self._config.num_workers)
+
+    def _new_living(self, sizes: Sizes, num_workers: int) -> LivingPlacement:
+        """Of nothing yet. Its placements count as later than all before."""
+        living = LivingPlacement(
+            sizes.for_workers(num_workers),
+            partial(worker_name, self._app_name),
+            drain_s=self._config.expert_timeout_s,
+            term=time.time_ns(),
+        )
+        living.resize(num_workers)
+        return living
+
+    async def _keep_alive(self, living: LivingPlacement, weights: str, manifest: Manifest) -> None:
+        """Start the workers and keep them. Raises a group with _AsleepError in the end."""
+        config = self._given
         self._living = living
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._plan(living))
             tasks.create_task(self._balance(living))
-            # a cluster that has just begun has no heads but those that are still to come
-            knows_heads_after_s = HEAD_SILENT_AFTER_S if num_alive else 0.0
-            tasks.create_task(self._scale(living, knows_heads_after_s))
+            tasks.create_task(self._scale(living))
             while True:
                 for index in set(range(living.num_workers)) - self._workers.keys():
                     mode = config.worker_quantization[min(index, config.num_workers - 1)]
-                    worker = WorkerActor(config, name_of(index), mode, weights, self._owner)
+                    name = worker_name(self._app_name, index)
+                    worker = WorkerActor(config, name, mode, weights, self._owner)
                     self._workers[index] = worker
                     tasks.create_task(self._keep(index, worker, living, manifest))
                 self._are_missing.clear()
                 await self._are_missing.wait()
+
+    async def _sleep(self) -> None:
+        """End all workers, and return when there is a request."""
+        workers, self._workers, self._living = self._workers, {}, None
+        self._set_view(replace(self._view, phase="asleep", error=None, placement=None, heads=()))
+        await asyncio.gather(*(worker.dismiss() for worker in workers.values()))
+        while self._view.is_asleep:
+            await self._changed.wait()
+        self._set_view(replace(self._view, phase="starting expert workers", percent=0))
 
     def _read_checkpoint(self) -> tuple[Sizes, str, Manifest]:
         """What is to be placed, from the headers; a sample of it; what was read of it before."""
@@ -289,33 +330,35 @@ class Controller:
         )
         living.adopt(change)
 
-    async def _scale(self, living: LivingPlacement, knows_heads_after_s: float) -> None:
+    async def _scale(self, living: LivingPlacement) -> None:
         """Have as many heads and workers as the settings and the load ask for.
 
-        knows_heads_after_s: when all heads have been heard of that there were before.
+        Raises _AsleepError when none are asked for and the last head has gone.
         """
-        observer, started = Observer(), time.monotonic()
-        state: State | None = None
         while True:
             await asyncio.sleep(SCALE_EVERY_S)
-            now, config = time.monotonic(), self._config
-            heads = [head for head, _ in self._heads.values()]
-            ready = {head.name: head.totals for head in heads if head.address}
-            signals = observer.look(ready, living.totals, now)
-            # A controller that starts anew must not take heads for gone that it has yet to hear.
-            knows_heads = now - started >= knows_heads_after_s
-            if state is None and knows_heads and self._view.placement:
-                num_heads = max(config.num_heads, len(heads))
-                state = State.of(num_heads=num_heads, num_workers=living.num_workers)
-            if state is not None:
-                decision, state = decide(state, signals, _bounds(config), now=now)
+            decision = self._scaler.decide(
+                [head for head, _ in self._heads.values()],
+                living.totals,
+                self._config,
+                num_workers=living.num_workers,
+                is_placed=self._view.placement is not None,
+                is_asleep=self._view.is_asleep,
+                now=time.monotonic(),
+            )
+            if decision is not None:
                 self._apply(decision, living)
+            if self._view.is_asleep and not self._heads:
+                raise _AsleepError
 
     def _apply(self, decision: Decision, living: LivingPlacement) -> None:
-        """See to it that there are so many heads and workers."""
+        """See to it that there are so many heads and workers; the last workers go after the heads,
+        which may still need them.
+        """
         logger.log(logging.INFO if decision.is_change else logging.DEBUG, "%s", decision.reason)
-        living.resize(decision.num_workers)
-        self._are_missing.set()
+        if decision.num_workers:
+            living.resize(decision.num_workers)
+            self._are_missing.set()
         wanted = self._view.heads_wanted
         if wanted is None or wanted.number != decision.num_heads:
             wanted = HeadsWanted(decision.num_heads, time.time())
@@ -324,6 +367,7 @@ class Controller:
                 self._view,
                 heads_expected=wanted.number,
                 heads_wanted=wanted,
+                is_asleep=wanted.number == 0,
                 scaling=decision.reason if decision.is_change else self._view.scaling,
             )
         )
@@ -373,15 +417,3 @@ class Controller:
             self._view = replace(view, version=self._view.version + 1)
             self._changed.set()
             self._changed = asyncio.Event()
-
-
-def _bounds(config: ServeConfig) -> Scaling:
-    return Scaling(
-        min_heads=config.num_heads,
-        max_heads=config.most_heads,
-        min_workers=config.num_workers,
-        max_workers=config.most_workers,
-        up_after_s=config.scale_up_after_s,
-        down_after_s=config.scale_down_after_s,
-        cooldown_s=min(Scaling.cooldown_s, config.scale_down_after_s),
-    )

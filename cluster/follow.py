@@ -41,6 +41,7 @@ class HeadReport:
 
 def as_heads_were_told(context: Any) -> tuple[int, dict[str, Any]]:
     """Serve's policy for the number of heads: the latest decision that one of them has heard of.
+    Without any heads, a call that waits for one asks for the first.
 
     context: Serve's AutoscalingContext; this runs in Serve. A head that the controller does not
     reach goes on recording an older decision.
@@ -51,7 +52,10 @@ def as_heads_were_told(context: Any) -> tuple[int, dict[str, Any]]:
         for replica, decided in recorded.get(DECIDED_AT, {}).items()
         if decided and recorded[HEADS_WANTED].get(replica)
     ]
-    return int(max(heard)[1]) if heard else context.target_num_replicas, {}
+    if heard:
+        return int(max(heard)[1]), {}
+    is_called = context.target_num_replicas == 0 and context.total_queued_requests > 0
+    return 1 if is_called else context.target_num_replicas, {}
 
 
 async def follow(
@@ -100,6 +104,6 @@ def _is_older(view: ClusterView, seen: ClusterView | None) -> bool:
     Heads and workers order placements in the same way: one that has been replaced and does not know
     it yet may go on publishing.
     """
-    if seen is None or seen.placement is None:
+    if seen is None or seen.placement is None or view.is_asleep:
         return False
     return view.placement is None or view.placement.stamp < seen.placement.stamp

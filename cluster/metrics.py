@@ -272,6 +272,11 @@ class IngressMetrics(Registry):
             "Experts that no worker holds; rows for them wait",
             registry=self.registry,
         )
+        self._asleep = Gauge(
+            "maestrale_asleep",
+            "1 while heads and workers are let go until the next request",
+            registry=self.registry,
+        )
         self.in_progress = Gauge(
             "maestrale_requests_in_progress", "Completions in progress", registry=self.registry
         )
@@ -299,6 +304,10 @@ class IngressMetrics(Registry):
         """What the controller last told."""
         self._epoch.set(epoch)
         self._missing.set(num_missing)
+
+    def observe_sleep(self, is_asleep: bool) -> None:
+        """What the controller last told."""
+        self._asleep.set(is_asleep)
 
     def observe_prompt(self, num_tokens: int) -> None:
         self._prompt_tokens.inc(num_tokens)

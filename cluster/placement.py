@@ -192,6 +192,7 @@ class ClusterView:
     scaling: the last change of their number, or of the workers', and why; None before the first.
     takes_over: whether workers were alive when the controller began, so that it is ready in a
              moment; None until it has looked.
+    is_asleep: heads and workers are let go until a request asks for them.
     """
 
     version: int
@@ -204,6 +205,7 @@ class ClusterView:
     heads_wanted: HeadsWanted | None = None
     scaling: str | None = None
     takes_over: bool | None = None
+    is_asleep: bool = False
 
     @property
     def is_ready(self) -> bool:

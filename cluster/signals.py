@@ -24,6 +24,8 @@ class HeadTotals:
     """Part of its KV blocks that is taken now."""
     num_waiting: int = 0
     """Sequences that wait to be admitted now."""
+    num_requests: int = 0
+    """Requests in progress now, those that make no step included."""
 
     def after(self, stats: StepStats) -> "HeadTotals":
         """These, and one more step."""
@@ -52,8 +54,8 @@ class WorkerTotals:
 
 @dataclass(frozen=True, kw_only=True)
 class HeadLoad:
-    """How one head has fared since the last look; where it made no step, all but `kv_fill` and
-    `num_waiting` is 0.
+    """How one head has fared since the last look; where it made no step, all but `kv_fill`,
+    `num_waiting` and `num_requests` is 0.
     """
 
     kv_fill: float
@@ -64,6 +66,12 @@ class HeadLoad:
     """T_a: what it computed itself, seconds."""
     away_s: float
     """T_e + 2 T_c: what it waited for workers and the network, seconds."""
+    num_requests: int = 0
+
+    @property
+    def is_used(self) -> bool:
+        """Whether it has had anything to do."""
+        return self.num_requests > 0 or self.own_s > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +92,8 @@ class Signals:
     """Of heads that are ready."""
     workers: tuple[WorkerLoad, ...]
     """Of workers that have loaded what they are to hold."""
+    is_awaited: bool = False
+    """Heads are starting, or a request waits for one."""
 
 
 class Observer:
@@ -122,6 +132,7 @@ def _head_load(before: HeadTotals, after: HeadTotals) -> HeadLoad:
         num_waiting=after.num_waiting,
         own_s=after.own_s - before.own_s,
         away_s=after.away_s - before.away_s,
+        num_requests=after.num_requests,
     )
 
 

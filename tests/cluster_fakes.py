@@ -12,7 +12,8 @@ from torch import Tensor
 from cluster import wire
 from cluster.bench.profile import StepRecorder
 from cluster.errors import CallRefusedError, ExpertFailedError, ExpertsUnavailableError
-from cluster.head.engine import Engine, Event
+from cluster.head.engine import Engine
+from cluster.head.events import Event
 from cluster.head.masks import GrammarMasks
 from cluster.head.micro_batches import MicroBatches
 from cluster.head.scheduler import Scheduler

@@ -8,7 +8,8 @@ from typing import Any
 import grpc
 
 from cluster import PROTOCOL_VERSION
-from cluster.head.engine import Engine, Event
+from cluster.head.engine import Engine
+from cluster.head.events import Event
 from cluster.head.messages import to_load, to_sequence, to_spec, to_step_events
 from cluster.ingress.heads import HeadPool
 from cluster.metrics import IngressMetrics
@@ -203,13 +204,20 @@ class Network:
         """What the controller publishes."""
         return [head.info for head in self.heads if head.is_up and not head.is_draining]
 
-    def pool(self, *, silent_after_s: float = 30.0, wait_s: float = 30.0) -> HeadPool:
+    def pool(
+        self,
+        *,
+        silent_after_s: float = 30.0,
+        wait_s: float = 30.0,
+        wake: Callable[[], None] = lambda: None,
+    ) -> HeadPool:
         """The ingress's side, which knows all heads that are up."""
         pool = HeadPool(
             Identity("ingress", FINGERPRINT),
             IngressMetrics(),
             silent_after_s=silent_after_s,
             wait_s=wait_s,
+            wake=wake,
             open_channel=self.open_channel,
         )
         pool.update(self.infos)

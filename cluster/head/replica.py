@@ -75,6 +75,10 @@ class HeadReplica:
         if self._report.error:
             raise RuntimeError(self._report.error)
 
+    async def awake(self) -> None:
+        """Called by ingresses that find no head (`ingress/waking.py`): a call that waits makes
+        Serve start one."""
+
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Serve, whose policy (app.py) follows the controller in this way."""
         if self._wanted is None:
@@ -113,10 +117,11 @@ class HeadReplica:
 
     def _report_now(self) -> HeadReport:
         placement = self._experts.placement if self._experts else None
+        num_requests = self._engine.load.num_requests if self._engine else 0
         return replace(
             self._report,
             stamp=placement.stamp if placement else (0, 0),
-            totals=self._metrics.totals,
+            totals=replace(self._metrics.totals, num_requests=num_requests),
         )
 
     def _run(self) -> None:

@@ -22,6 +22,7 @@ from cluster.ingress.auth import Access, read_api_keys
 from cluster.ingress.heads import HeadPool
 from cluster.ingress.journal import Journal
 from cluster.ingress.prepare import ApiSettings
+from cluster.ingress.waking import Waker
 from cluster.merging import merge
 from cluster.metrics import IngressMetrics
 from cluster.placement import ClusterView
@@ -40,7 +41,8 @@ class Ingress:
 
     def __init__(self, config: ServeConfig, controller: Any, heads: Any) -> None:
         """controller: handle of the Controller deployment. heads: that of the HeadReplica
-        deployment, which Serve only deploys because somebody holds it; requests go by gRPC.
+        deployment, which Serve only deploys because somebody holds it; requests go by gRPC, and
+        only who wakes a sleeping service calls it.
         """
         folder = config.checkpoint_folder()
         model = MixtralConfig.from_folder(folder)
@@ -60,6 +62,7 @@ class Ingress:
             allow_open=config.allow_open_http,
             allowed_origins=config.allowed_origins,
         )
+        waker = Waker(controller, heads) if config.sleep_after_s is not None else None
         self._app = create_app(
             Cluster(
                 controller,
@@ -68,10 +71,12 @@ class Ingress:
                     metrics,
                     silent_after_s=config.head_timeout_s,
                     wait_s=config.head_wait_s,
+                    wake=waker or (lambda: None),
                 ),
                 metrics,
                 identity,
                 wait_s=config.head_wait_s,
+                waker=waker,
             ),
             tokenizer,
             ChatFormat.from_folder(folder, tokenizer),
@@ -147,13 +152,17 @@ class Cluster:
         identity: rpc.Identity,
         *,
         wait_s: float,
+        waker: Waker | None = None,
     ) -> None:
-        """wait_s: how long a request waits for a controller that takes over from another."""
+        """wait_s: how long a request waits for a controller that takes over from another, or a
+        service that wakes. waker: of one that may sleep.
+        """
         self._controller = controller
         self._heads = heads
         self._metrics = metrics
         self._identity = identity
         self._wait_s = wait_s
+        self._waker = waker
         self._view: ClusterView | None = None
         self._changed = asyncio.Event()
 
@@ -165,6 +174,8 @@ class Cluster:
         finally:
             follower.cancel()
             await asyncio.gather(follower, return_exceptions=True)
+            if self._waker is not None:
+                await self._waker.close()
             await self._heads.close()
 
     def generate(self, journal: Journal) -> AsyncGenerator[tuple[int, ...], None]:
@@ -190,6 +201,8 @@ class Cluster:
         # controller does not list, since it has just started anew, still computes.
         is_ready = view.is_ready or (placement is not None and num_ready > 0)
         phase, percent = ("ready", 100) if is_ready else (view.phase, view.percent)
+        if view.is_asleep:  # whoever sends requests where it is ready must go on
+            is_ready, phase, percent = True, "asleep until the next request", 100
         return Readiness(
             ready=is_ready,
             phase=phase,
@@ -214,6 +227,8 @@ class Cluster:
         )
 
     async def settled(self) -> Readiness:
+        if self._waker is not None:
+            self._waker()
         with suppress(TimeoutError):
             async with asyncio.timeout(self._wait_s):
                 while not self.readiness().ready and self._is_soon_ready:
@@ -222,9 +237,14 @@ class Cluster:
 
     @property
     def _is_soon_ready(self) -> bool:
-        """Whether it may well be: the service has been changed, or its controller replaced."""
+        """Whether it may well be: the service has been changed, its controller replaced, or it
+        wakes.
+        """
         view = self._view
-        return view is None or (view.takes_over is not False and view.error is None)
+        if view is None:
+            return True
+        is_expected = view.takes_over is not False or self._waker is not None
+        return is_expected and view.error is None
 
     async def metrics(self) -> str:
         view = self._view
@@ -247,5 +267,6 @@ class Cluster:
         self._heads.update(view.heads)
         self._changed.set()
         self._changed = asyncio.Event()
+        self._metrics.observe_sleep(view.is_asleep)
         if view.placement is not None:
             self._metrics.observe_placement(view.placement.epoch, view.placement.num_missing)

@@ -7,7 +7,7 @@ the event loop; no text, no HTTP.
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from functools import partial
 
@@ -41,15 +41,18 @@ class HeadPool:
         *,
         silent_after_s: float,
         wait_s: float,
+        wake: Callable[[], None] = lambda: None,
         open_channel: OpenChannel | None = None,
     ) -> None:
         """silent_after_s: from which silence of a head on it counts as lost.
         wait_s: how long a request waits for a head when there is none.
+        wake: called when one begins to wait.
         """
         self._identity = identity
         self._metrics = metrics
         self._silent_after_s = silent_after_s
         self._wait_s = wait_s
+        self._wake = wake
         self._open_channel = open_channel or partial(
             rpc.new_aio_channel, security=identity.security, to="head"
         )
@@ -159,6 +162,7 @@ class HeadPool:
             return heads
         if not self._num_waiting:
             logger.warning("requests wait for a head replica: %s", self)
+        self._wake()
         self._num_waiting += 1
         try:
             async with asyncio.timeout(self._wait_s):

@@ -1,9 +1,12 @@
-"""Heads and workers come under load and go after it, under real Ray Serve; no stream notices."""
+"""Heads and workers come under load, go after it, and sleep, under real Ray Serve; no stream
+notices.
+"""
 
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 
 import grpc
 import pytest
@@ -14,6 +17,7 @@ from cluster.client import Client
 from model import Mixtral
 from model.experts import assign
 from model.router import Routing
+from tests import faults
 from tests.integration.conftest import Service
 from tests.integration.test_service import until
 from tests.streams import prompts
@@ -31,6 +35,7 @@ SETTINGS = {
     "max_running_sequences": 4,  # so the others wait
     "scale_up_after_s": 0,
     "scale_down_after_s": 8,
+    "sleep_after_s": 45,  # well after the last of the others has gone
 }
 
 
@@ -139,3 +144,32 @@ def test_heads_and_workers_come_under_load_and_go_after_it(
         prompt = prompts(1)[0]
         reply = client.completions.create(prompt=prompt, max_tokens=MAX_TOKENS, temperature=0)
         assert reply.choices[0].text == mixtral.generate(prompt, max_tokens=MAX_TOKENS)
+
+
+def test_without_requests_nothing_runs_until_the_next(
+    scaling_service: Service, mixtral: Mixtral
+) -> None:
+    def processes() -> list[int]:
+        """Of heads and workers."""
+        pid = scaling_service.process.pid
+        return [*faults.actors(pid, "HeadReplica"), *faults.actors(pid, "ExpertWorker")]
+
+    with scaling_service.client() as client:
+        assert processes()
+        until(lambda: "asleep" in client.cluster.status().phase, "sleep", TIMEOUT_S)
+        until(lambda: not processes(), "an end of all heads and workers", TIMEOUT_S)
+        asleep = client.cluster.status()
+        assert asleep.ready, "else nothing would send it the request that wakes it"
+        assert (asleep.heads_ready, asleep.heads_expected, asleep.workers) == (0, 0, [])
+        assert asleep.scaling is not None
+        assert "no request for" in asleep.scaling
+        with ThreadPoolExecutor(2) as pool:  # two wake it: one service is enough for both
+            texts = list(pool.map(partial(completed, client), prompts(2)))
+        assert texts == [mixtral.generate(p, max_tokens=MAX_TOKENS) for p in prompts(2)]
+        awake = client.cluster.status()
+        assert (awake.heads_ready, awake.heads_expected, len(awake.workers)) == (1, 1, 1)
+
+
+def completed(client: Client, prompt: str) -> str:
+    reply = client.completions.create(prompt=prompt, max_tokens=MAX_TOKENS, temperature=0)
+    return reply.choices[0].text

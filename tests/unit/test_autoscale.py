@@ -200,3 +200,56 @@ def test_those_that_are_still_to_go_are_waited_for() -> None:
     gone = replace(idle, workers=idle.workers[:3])
     state = replace(after, workers=replace(after.workers, calm_since=LONG_AGO))
     assert decide(state, gone, SETTINGS, now=1.0)[0].num_workers == SETTINGS.min_workers
+
+
+# --- sleep ---
+
+SLEEPY = replace(SETTINGS, sleep_after_s=60.0)
+IDLE = {"own_s": 0.0, "away_s": 0.0}
+
+
+def looked(*looks: tuple[float, Signals], scaling: Scaling = SLEEPY) -> list[Decision]:
+    """What is decided in a row, at these times."""
+    state, decisions = State.of(num_heads=NUM_HEADS, num_workers=NUM_WORKERS), []
+    for now, signals in looks:
+        decision, state = decide(state, signals, scaling, now=now)
+        decisions.append(decision)
+    return decisions
+
+
+def test_without_a_request_for_so_long_all_go_and_stay_away() -> None:
+    idle, nobody = seen(IDLE), Signals(heads=(), workers=())
+    awake, asleep, still = looked((0.0, idle), (60.0, idle), (65.0, nobody))
+    assert awake.num_heads > 0
+    assert (asleep.num_heads, asleep.num_workers, asleep.is_change) == (0, 0, True)
+    assert "no request for 60 s" in asleep.reason
+    assert (still.num_heads, still.num_workers, still.is_change) == (0, 0, False)
+
+
+@pytest.mark.parametrize("use", [{"own_s": 0.01}, {"num_requests": 1}])
+def test_any_use_puts_sleep_off(use: dict[str, float]) -> None:
+    """Also a request that makes no step, since its rows wait for a worker."""
+    idle, used = seen(IDLE), seen(IDLE | use)
+    *_, early, late = looked((0.0, idle), (40.0, used), (45.0, idle), (100.0, idle), (105.0, idle))
+    assert early.num_heads > 0
+    assert late.num_heads == 0
+
+
+def test_who_waits_for_heads_keeps_sleep_away() -> None:
+    nobody = Signals(heads=(), workers=())
+    awaited = replace(nobody, is_awaited=True)
+    *_, decision = looked((0.0, awaited), (600.0, awaited), (605.0, seen(IDLE)))
+    assert decision.num_heads > 0
+    *_, decision = looked((0.0, nobody), (60.0, nobody))
+    assert decision.num_heads == 0, "a controller that started anew while all slept"
+
+
+def test_a_request_that_comes_while_heads_go_keeps_them() -> None:
+    *_, decision = looked((0.0, seen(IDLE)), (60.0, seen(IDLE)), (65.0, seen(NEED_NOT_WAIT)))
+    assert decision.num_heads == SETTINGS.min_heads
+    assert decision.num_workers == SETTINGS.min_workers
+
+
+def test_nobody_sleeps_unless_told_to() -> None:
+    *_, decision = looked((0.0, seen(IDLE)), (1e6, seen(IDLE)), scaling=SETTINGS)
+    assert decision.num_heads > 0

@@ -28,11 +28,12 @@ class Pool:
         self.heads = heads
 
 
-def cluster(num_ready: int) -> tuple[Cluster, Pool]:
+def cluster(num_ready: int, waker: Any = None) -> tuple[Cluster, Pool]:
     pool = Pool(num_ready)
     heads: Any = pool
     identity = Identity("ingress", "tiny")
-    return Cluster(None, heads, IngressMetrics(), identity, wait_s=DEADLINE_S), pool
+    ingress = Cluster(None, heads, IngressMetrics(), identity, wait_s=DEADLINE_S, waker=waker)
+    return ingress, pool
 
 
 def test_before_any_news_nothing_is_ready() -> None:
@@ -94,6 +95,31 @@ def test_a_request_waits_for_a_controller_that_takes_over(news: list[ClusterView
         return (await asked).ready
 
     assert asyncio.run(asyncio.wait_for(run(), DEADLINE_S))
+
+
+def test_a_service_that_sleeps_takes_requests() -> None:
+    """Else nothing would send it the one that wakes it."""
+    ingress, _ = cluster(0)
+    ingress._on_view(replace(BEGUN, is_asleep=True))
+    readiness = ingress.readiness()
+    assert (readiness.ready, readiness.phase) == (True, "asleep until the next request")
+
+
+def test_a_request_wakes_a_service_that_may_sleep_and_waits_for_it() -> None:
+    """Also where its controller has started anew meanwhile, and has not looked for heads yet."""
+    wishes: list[str] = []
+
+    async def run() -> bool:
+        ingress, _ = cluster(0, waker=lambda: wishes.append("wake"))
+        ingress._on_view(replace(BEGUN, takes_over=False))
+        asked = asyncio.create_task(ingress.settled())
+        await asyncio.sleep(0)
+        assert not asked.done()
+        ingress._on_view(READY)
+        return (await asked).ready
+
+    assert asyncio.run(asyncio.wait_for(run(), DEADLINE_S))
+    assert wishes == ["wake"]
 
 
 @pytest.mark.parametrize(

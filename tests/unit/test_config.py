@@ -208,7 +208,8 @@ def test_every_setting_says_what_it_means() -> None:
 def test_a_setting_with_a_unit_in_its_name_is_a_number(suffix: str, unit: str) -> None:
     for name, field in ServeConfig.model_fields.items():
         if name.endswith(suffix):
-            assert field.annotation in (int, float, int | None), f"{name} is not in {unit}s"
+            kinds = (int, float, int | None, float | None)
+            assert field.annotation in kinds, f"{name} is not in {unit}s"
 
 
 # --- quantisation ---

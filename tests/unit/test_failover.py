@@ -210,11 +210,13 @@ def test_a_head_is_called_again_when_our_certificates_could_not_be_read(
 
 def test_without_a_head_in_time_the_request_ends_with_an_error() -> None:
     async def scenario() -> None:
-        pool = Network().pool(wait_s=0.05)
+        wishes: list[str] = []
+        pool = Network().pool(wait_s=0.05, wake=lambda: wishes.append("wake"))
         with pytest.raises(HeadUnavailableError, match=r"no head replica for 0\.05 s"):
             await told(pool, journal())
         with pytest.raises(HeadUnavailableError, match=r"no head replica"):
             await pool.classify(PROMPT, "")
+        assert wishes == ["wake", "wake"], "a service that sleeps would have been woken"
         await pool.close()
 
     run(scenario())

@@ -128,9 +128,11 @@ def test_a_report_that_fails_is_not_the_controllers_fault(caplog: pytest.LogCapt
 # --- how many heads Serve runs ---
 
 
-def told(**heads: tuple[float, float]) -> int:
+def told(*, target: int = 5, num_calls: float = 0.0, **heads: tuple[float, float]) -> int:
     """What Serve's policy makes of the last decision that each head has heard of: its time, and
-    the number of heads. Before, each had heard of an older one; five are wanted so far.
+    the number of heads. Before, each had heard of an older one.
+
+    target: heads that are wanted so far. num_calls: that wait for one.
     """
     recorded = {
         DECIDED_AT: {
@@ -142,7 +144,11 @@ def told(**heads: tuple[float, float]) -> int:
             for head, (_, number) in heads.items()
         },
     }
-    context: Any = SimpleNamespace(target_num_replicas=5, raw_metrics=recorded if heads else {})
+    context: Any = SimpleNamespace(
+        target_num_replicas=target,
+        raw_metrics=recorded if heads else {},
+        total_queued_requests=num_calls,
+    )
     number, state = as_heads_were_told(context)
     assert state == {}
     return number
@@ -152,3 +158,19 @@ def test_serve_runs_as_many_heads_as_the_latest_decision_says() -> None:
     assert told() == 5
     assert told(first=(10.0, 2)) == 2
     assert told(first=(10.0, 2), second=(20.0, 3), third=(15.0, 4)) == 3
+    assert told(first=(10.0, 0)) == 0
+
+
+def test_a_call_that_waits_starts_the_first_head_and_no_other() -> None:
+    assert told(target=0) == 0
+    assert told(target=0, num_calls=2.0) == 1
+    assert told(target=3, num_calls=2.0) == 3
+    assert told(target=0, num_calls=2.0, first=(10.0, 2)) == 2
+
+
+def test_a_service_that_falls_asleep_has_no_placement_any_more() -> None:
+    """Unlike that of a controller which has yet to learn what is placed."""
+    asleep = replace(READY, version=5, placement=None, heads=(), is_asleep=True)
+    waking = replace(asleep, version=6, is_asleep=False)
+    assert seen(READY, asleep, waking)[0] == [READY, asleep, waking]
+    assert seen(READY, waking)[0] == [READY]
