@@ -3,21 +3,27 @@
 Shape suffixes: R rows, I inputs, O outputs.
 """
 
+import time
 from collections.abc import Callable
+from functools import cache
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_IS_NATIVE: dict[torch.dtype, bool] = {
+_HAS_INSTRUCTIONS: dict[torch.dtype, bool] = {
     torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
     torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
 }
-"""Whether this CPU has instructions for matrices of that dtype."""
+"""Whether this CPU has any for matrices of that dtype, fast or slow."""
 
-_DENSE_ROWS_PER_THREAD = 6
-"""From so many rows on, multiplying in float32 repays making every weight one; measured on AVX2."""
+_TRIAL = (256, 1024, 4096)  # rows, outputs, inputs
+_NUM_TRIALS = 5
+
+_DENSE_ROWS_PER_THREAD = {False: 6, True: 32}
+"""From so many rows on, multiplying in float32 repays making every weight one. By whether there are
+instructions, which are then slow ones; measured on AVX2, and on AVX-512 without AMX."""
 
 _OUTPUTS_AT_ONCE = 256
 """Weights that are float32 at a time stay in the processor's cache: 4 MiB of 4,096 inputs."""
@@ -48,21 +54,40 @@ def linear(x_RI: Tensor, weight: Weight) -> Tensor:
     """Rows through a weight matrix, however it is held."""
     if not isinstance(weight, Tensor):
         return weight.linear(x_RI)
-    if widening_pays(x_RI, _DENSE_ROWS_PER_THREAD):
-        return widened_linear(x_RI, len(weight), lambda outputs: weight[outputs].float())
+    if widening_pays(x_RI, _DENSE_ROWS_PER_THREAD[_HAS_INSTRUCTIONS.get(x_RI.dtype, True)]):
+        return _widened_dense(x_RI, weight)
     return F.linear(x_RI, weight)
 
 
+@cache
 def multiplies(dtype: torch.dtype) -> bool:
-    """Whether this CPU multiplies matrices of that dtype without widening them."""
-    return _IS_NATIVE.get(dtype, True)
+    """Whether this CPU multiplies large matrices of that dtype at least as fast as float32 ones.
+
+    Tried out once where it has instructions for them: those of Intel's processors without AMX do
+    three fifths of what the same processor does in float32.
+    """
+    if not _HAS_INSTRUCTIONS.get(dtype, True):
+        return False
+    if dtype not in _HAS_INSTRUCTIONS:
+        return True
+    num_rows, num_outputs, num_inputs = _TRIAL
+    x_RI, weight_OI = torch.ones(num_rows, num_inputs), torch.ones(num_outputs, num_inputs)
+    half_RI, half_OI = x_RI.to(dtype), weight_OI.to(dtype)
+    ways = (F.linear, _widened_dense)
+    took_s: dict[Callable[[Tensor, Tensor], Tensor], list[float]] = {way: [] for way in ways}
+    for _ in range(_NUM_TRIALS):
+        for way in ways:
+            started = time.perf_counter()
+            way(half_RI, half_OI)
+            took_s[way].append(time.perf_counter() - started)
+    return min(took_s[F.linear]) <= min(took_s[_widened_dense])
 
 
 def widening_pays(x_RI: Tensor, rows_per_thread: int) -> bool:
     """Whether these rows are multiplied faster in float32, weights converted as they are needed.
 
-    So it is on a CPU without instructions for half precision once there are enough rows: it
-    multiplies in float32 anyway, and torch then converts every weight for every few rows anew.
+    So it is on a CPU without fast instructions for half precision once there are enough rows.
+    Without any, torch converts every weight for every few rows anew.
 
     rows_per_thread: what repays the conversion, which depends on how the weights are held.
     """
@@ -85,3 +110,7 @@ def widened_linear(x_RI: Tensor, num_outputs: int, weights: Callable[[slice], Te
         outputs = slice(begin, begin + _OUTPUTS_AT_ONCE)
         torch.mm(weights(outputs), wide_IR, out=product_OR[outputs])
     return product_OR.t().to(x_RI.dtype, memory_format=torch.contiguous_format)
+
+
+def _widened_dense(x_RI: Tensor, weight_OI: Tensor) -> Tensor:
+    return widened_linear(x_RI, len(weight_OI), lambda outputs: weight_OI[outputs].float())

@@ -1,9 +1,10 @@
-"""Half-precision weights for a processor that only multiplies float32.
+"""Half-precision weights for a processor that multiplies float32 faster.
 
-torch widens every weight for every few rows anew there. FBGEMM, which torch carries for x86, keeps
-float16 weights in the order in which its kernel reads them and widens them in registers: 14336 x
-4096 in 6 ms for up to six rows on two threads, where torch needs 6.5 ms a row
-(tests/bench/RESULTS.md). Packing takes a core 10 ns a weight, once: every thread packs a block.
+Where it has no instructions for them, torch widens every weight for every few rows anew. FBGEMM,
+which torch carries for x86, keeps float16 weights in the order in which its kernel reads them and
+widens them in registers: 14336 x 4096 in 6 ms for up to six rows on two threads, where torch needs
+6.5 ms a row (tests/bench/RESULTS.md). Packing takes a core 10 ns a weight, once: every thread packs
+a block.
 
 bfloat16 weights lose nothing that matters as float16: its precision is higher, and what lies below
 its range (2**-24) does not show beside a matrix's larger weights. Matrices of which that is not

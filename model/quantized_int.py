@@ -5,6 +5,7 @@ Shape suffixes: O outputs, I inputs, R rows, P inputs padded to whole groups, G 
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +18,19 @@ INT4_GROUP = 32
 The next larger one would save a tenth of the memory, and its kernel is not faster."""
 
 _INT4_OUTPUTS = 16  # torch's kernel wants a multiple of it
+_INT4_BLOCKS = (64, 32)  # outputs that its kernel may keep side by side
+_INT4_OUTPUTS_AT_ONCE = 512  # weights that are float32 at a time; whole blocks
+_INT4_ROWS_PER_THREAD = 64  # from which on float32 beats that kernel; measured on AVX-512
 # With others torch 2.13's kernel computes nonsense or crashes the process, without a word; measured
 # on AVX2, where 8 was enough.
 _INT8_INPUTS = 32
 _INT8_ROWS_PER_THREAD = 16  # from which on float32 beats torch's int8 kernel; measured on AVX2
+# Bytes times bytes, exactly: without these instructions oneDNN's product may overflow (AVX2).
+_MULTIPLIES_BYTES = torch.cpu._is_vnni_supported()
+_BYTES_ROWS = 6  # from which on that beats torch's int8 kernel, with one thread and with two
+_FINER = 254  # steps of a row's second part in one of the first
 _SMALLEST_SCALE = 1e-8  # of a group or row whose weights are all the same
+_SMALLEST_STEP = 1e-30  # of a row that is all zeros
 _ROWS_AT_ONCE = 256  # bounds what is in 32 bits at once while a matrix is made
 
 _Parts = Mapping[str, Tensor]
@@ -84,7 +93,9 @@ class Int8Matrix:
 
     def linear(self, x_RI: Tensor) -> Tensor:
         product_RO: Tensor
-        if widening_pays(x_RI, _INT8_ROWS_PER_THREAD):
+        if self._bytes_pay(x_RI):
+            product_RO = self._multiply_bytes(x_RI)
+        elif widening_pays(x_RI, _INT8_ROWS_PER_THREAD):
             product_RO = widened_linear(x_RI, len(self.codes_OI), self._wide)
         elif self.has_kernel:
             # the kernel does not look, and computes nonsense from scales of another dtype
@@ -99,6 +110,29 @@ class Int8Matrix:
             else:
                 product_RO = F.linear(x_RI, codes_OI) * scales_O
         return product_RO
+
+    def _bytes_pay(self, x_RI: Tensor) -> bool:
+        return (
+            _MULTIPLIES_BYTES
+            and x_RI.device.type == "cpu"
+            and x_RI.dtype in (torch.bfloat16, torch.float16)
+            and len(x_RI) >= _BYTES_ROWS
+        )
+
+    def _multiply_bytes(self, x_RI: Tensor) -> Tensor:
+        """Rows in two parts of one byte each: in 127 steps of the row's largest, and what that
+        leaves. What both leave, 1/64,516 of the largest at most, bfloat16 has lost already.
+        """
+        num_rows = len(x_RI)
+        wide_RI = x_RI.float()
+        steps_R1 = wide_RI.abs().amax(1, keepdim=True).clamp_(min=_SMALLEST_STEP).div_(127)
+        wide_RI.div_(steps_R1)
+        first_RI = wide_RI.round()
+        second_RI = wide_RI.sub_(first_RI).mul_(_FINER).round_()
+        parts_2RI = torch.cat((first_RI, second_RI)).to(torch.int8)
+        sums_2RO = torch._int_mm(parts_2RI, self.codes_OI.t()).float()
+        product_RO = sums_2RO[:num_rows].add_(sums_2RO[num_rows:], alpha=1 / _FINER)
+        return product_RO.mul_(steps_R1).mul_(self.scales_O.float()).to(x_RI.dtype)
 
     def _wide(self, outputs: slice) -> Tensor:
         return self.codes_OI[outputs].float().mul_(self.scales_O[outputs, None])
@@ -166,14 +200,64 @@ class PackedInt4Matrix:
 
     def linear(self, x_RI: Tensor) -> Tensor:
         assert x_RI.dtype == self.scales_and_zeros_GO2.dtype, f"rows are {x_RI.dtype}"
-        padding = self.scales_and_zeros_GO2.shape[0] * INT4_GROUP - x_RI.shape[1]
-        product_RO: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
-            F.pad(x_RI, (0, padding)).contiguous(),
-            self.packed,
-            INT4_GROUP,
-            self.scales_and_zeros_GO2,
+        num_groups, num_outputs, _ = self.scales_and_zeros_GO2.shape
+        product_RO: Tensor
+        padded_RP = F.pad(x_RI, (0, num_groups * INT4_GROUP - x_RI.shape[1]))
+        if (
+            widening_pays(x_RI, _INT4_ROWS_PER_THREAD)
+            and _block_outputs()
+            and num_outputs % _block_outputs() == 0
+        ):
+            wide_RP = padded_RP.float()
+            product_RO = x_RI.new_empty(len(x_RI), num_outputs)
+            for begin in range(0, num_outputs, _INT4_OUTPUTS_AT_ONCE):
+                outputs = slice(begin, begin + _INT4_OUTPUTS_AT_ONCE)
+                product_RO[:, outputs] = wide_RP @ self._wide(outputs)
+            return product_RO
+        product_RO = torch.ops.aten._weight_int4pack_mm_for_cpu(
+            padded_RP.contiguous(), self.packed, INT4_GROUP, self.scales_and_zeros_GO2
         )
         return product_RO
+
+    def _wide(self, outputs: slice) -> Tensor:
+        num_groups, _, _ = self.scales_and_zeros_GO2.shape
+        codes_PO = _unpacked(self.packed, num_groups * INT4_GROUP, _block_outputs(), outputs)
+        codes_GxO = codes_PO.view(num_groups, INT4_GROUP, -1).float()
+        pairs_GO2 = self.scales_and_zeros_GO2[:, outputs].float()
+        scales_G1O, zeros_G1O = pairs_GO2[..., 0].unsqueeze(1), pairs_GO2[..., 1].unsqueeze(1)
+        weight_GxO = torch.addcmul(zeros_G1O - 8 * scales_G1O, codes_GxO, scales_G1O, out=codes_GxO)
+        return weight_GxO.flatten(0, 1)
+
+
+def _unpacked(packed: Tensor, num_inputs: int, block: int, outputs: slice) -> Tensor:
+    """Codes (inputs, outputs) of some whole blocks of what torch's kernel reads."""
+    half = block // 2
+    blocks = slice(outputs.start // block, -(-outputs.stop // block))
+    halves_PBx = packed.view(-1, num_inputs, half)[blocks].transpose(0, 1)
+    codes_PBx = packed.new_empty(*halves_PBx.shape[:2], block)
+    torch.bitwise_and(halves_PBx, 15, out=codes_PBx[..., :half])
+    torch.bitwise_right_shift(halves_PBx, 4, out=codes_PBx[..., half:])
+    return codes_PBx.flatten(1)
+
+
+@cache
+def _block_outputs() -> int:
+    """How many outputs torch's kernel for this processor keeps side by side, input after input: the
+    first half of them in the low halves of bytes. 0: it has another order.
+
+    Found out by packing the outputs' own numbers, first their low bits, then their high ones.
+    """
+    for block in _INT4_BLOCKS:
+        numbers = torch.arange(block)
+        found = torch.zeros(INT4_GROUP, block, dtype=torch.int64)
+        for shift in (0, 4):
+            codes = (numbers >> shift & 15)[:, None].expand(-1, INT4_GROUP).int().contiguous()
+            packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+            codes = _unpacked(packed, INT4_GROUP, block, slice(0, block))
+            found |= codes.long() << shift
+        if (found == numbers).all():
+            return block
+    return 0
 
 
 def unpack_int4(codes: Tensor) -> Tensor:

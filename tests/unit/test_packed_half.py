@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(not packed_half._HAS_FBGEMM, reason="torch has F
 
 @pytest.fixture(autouse=True)
 def _no_native_half(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "_IS_NATIVE", dict.fromkeys(HALVES, False))
+    monkeypatch.setattr(packed_half, "multiplies", lambda dtype: dtype not in HALVES)
     monkeypatch.setattr(packed_half, "_MIN_WEIGHTS", 1)
     monkeypatch.setattr(packed_half, "_MOST_FILLED", math.inf)
 
@@ -81,13 +81,13 @@ def test_what_is_not_faster_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(packed_half, "_MIN_WEIGHTS", half.numel() + 1)
     assert packed_if_faster(half) is half
     monkeypatch.setattr(packed_half, "_MIN_WEIGHTS", 1)
-    monkeypatch.setattr(linear, "_IS_NATIVE", dict.fromkeys(HALVES, True))
+    monkeypatch.setattr(packed_half, "multiplies", lambda dtype: True)
     assert packed_if_faster(half) is half
 
 
 def test_what_would_mostly_be_filling_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    monkeypatch.setattr(linear, "_IS_NATIVE", dict.fromkeys(HALVES, False))
+    monkeypatch.setattr(packed_half, "multiplies", lambda dtype: dtype not in HALVES)
     a_third_more = torch.ones(1400, 768, dtype=torch.bfloat16)
     assert packed_if_faster(a_third_more) is a_third_more
     slices = packed(torch.ones(1024, 1792, dtype=torch.bfloat16))
