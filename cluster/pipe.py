@@ -29,6 +29,10 @@ _BUFFER_BYTES = 4 * 2**20
 
 _STOP_GRACE_S = 2.0
 
+_SPIN_S = 0.005
+"""How long after a message was sent the next is looked for, before sleeping until it comes. A
+processor that has slept takes tens of microseconds to wake up, and is slow for hundreds more."""
+
 _SEND_TIMEOUT_S = 300.0
 """For a reply. A peer may read its other workers' answers first, so this is far beyond what one of
 those may take (expert_timeout_s); one that is stopped must not hold its place for good."""
@@ -67,6 +71,10 @@ class Pipe:
         self._message: bytearray | None = None
         self._rest = memoryview(self._length)
         """What is still to be filled of the length, or of the message."""
+        self._spin_until = 0.0
+        self._is_soon = False
+        """Whether the last message came in that time; else looking for the next one would only keep
+        the processor from whoever computes it."""
 
     @classmethod
     def connect(cls, name: str, *, max_bytes: int) -> "Pipe":
@@ -98,14 +106,19 @@ class Pipe:
                 num_sent -= len(unsent.popleft())
             if num_sent:
                 unsent[0] = unsent[0][num_sent:]
+        self._spin_until = time.monotonic() + _SPIN_S
 
     def receive(self, timeout_s: float | None = None) -> bytearray:
         """The next message. Raises as `send` does."""
         deadline = _deadline(timeout_s)
         self._take()
         while not self._arrived:
-            self._wait(select.POLLIN, deadline)
+            if self._is_soon and time.monotonic() < self._spin_until:
+                os.sched_yield()
+            else:
+                self._wait(select.POLLIN, deadline)
             self._take()
+        self._is_soon = time.monotonic() < self._spin_until
         return self._arrived.popleft()
 
     def close(self) -> None:

@@ -291,3 +291,37 @@ def test_a_stopped_server_has_hung_up_and_left_no_thread() -> None:
     with pytest.raises(OSError, match="refused"):
         connect(server)
     assert set(threading.enumerate()) <= before
+
+
+def test_what_came_soon_is_looked_for_the_next_time_and_what_took_long_is_slept_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ours, theirs = pair()
+    num_looks = 0
+
+    def send_at_first_look() -> None:
+        nonlocal num_looks
+        num_looks += 1
+        if num_looks == 1:
+            theirs.sendall(struct.pack("<Q", 1) + b"b")
+
+    monkeypatch.setattr(os, "sched_yield", send_at_first_look)
+    monkeypatch.setattr(pipe_module, "_SPIN_S", 60.0)
+    ours.send([b"question"])
+    theirs.sendall(struct.pack("<Q", 1) + b"a")
+    assert ours.receive(5) == b"a"  # nothing is known of its time yet
+    assert num_looks == 0
+    ours.send([b"question"])
+    assert ours.receive(5) == b"b"
+    assert num_looks >= 1
+    monkeypatch.setattr(pipe_module, "_SPIN_S", 0.0)
+    ours.send([b"question"])
+    theirs.sendall(struct.pack("<Q", 1) + b"c")
+    assert ours.receive(5) == b"c"  # too late by now
+    monkeypatch.setattr(pipe_module, "_SPIN_S", 60.0)
+    num_looks = 1
+    ours.send([b"question"])
+    with pytest.raises(TimeoutError):
+        ours.receive(0.01)
+    assert num_looks == 1
+    theirs.close()
