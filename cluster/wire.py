@@ -59,8 +59,17 @@ class Reply:
     compute_s: float
 
 
-def encode_call(call: Call) -> bytes:
-    """Serialise a call. Copies each tensor once, into the message."""
+Parts = tuple[bytes | memoryview, ...]
+"""A message whose bytes have not been joined. The tensors it was made of must not change."""
+
+
+def joined(parts: Parts) -> bytes:
+    """The message in one piece."""
+    return b"".join(parts)
+
+
+def encode_call(call: Call) -> Parts:
+    """Serialise a call. Copies no rows, if they lie on the CPU."""
     num_rows, hidden_size = call.x_RD.shape
     units = [unit for unit, _ in call.assignments.counts]
     has_slices = any(unit.num_slices > 1 for unit in units)
@@ -76,7 +85,7 @@ def encode_call(call: Call) -> bytes:
         slice_numbers=[unit.slice_number for unit in units] if has_slices else (),
         num_slices=[unit.num_slices for unit in units] if has_slices else (),
     )
-    return _join(
+    return _fields(
         header.SerializeToString(),
         _bytes_of(call.x_RD),
         _bytes_of(call.assignments.rows_A.to(torch.int32)),
@@ -171,7 +180,7 @@ def call_id_of(message: Buffer) -> int:
     return int(header.call_id)
 
 
-def encode_reply(call_id: int, incarnation: int, sums_RD: Tensor, compute_s: float) -> bytes:
+def encode_reply(call_id: int, incarnation: int, sums_RD: Tensor, compute_s: float) -> Parts:
     """Serialise the sums of one call, (R, D) float32."""
     num_rows, hidden_size = sums_RD.shape
     header = expert_pb2.ReplyHeader(
@@ -181,17 +190,17 @@ def encode_reply(call_id: int, incarnation: int, sums_RD: Tensor, compute_s: flo
         hidden_size=hidden_size,
         compute_ns=int(compute_s * 1e9),
     )
-    return _join(header.SerializeToString(), _bytes_of(sums_RD.float()))
+    return _fields(header.SerializeToString(), _bytes_of(sums_RD.float()))
 
 
 def encode_error(
     call_id: int, incarnation: int, error: expert_pb2.ErrorCode, message: str
-) -> bytes:
+) -> Parts:
     """Serialise a refusal of one call."""
     header = expert_pb2.ReplyHeader(
         call_id=call_id, incarnation=incarnation, error=error, message=message[:1_000]
     )
-    return _join(header.SerializeToString())
+    return _fields(header.SerializeToString())
 
 
 def decode_reply(message: Buffer) -> Reply:
@@ -234,17 +243,17 @@ def _tensor_of(name: str, data: memoryview, dtype: torch.dtype, num_elements: in
     return torch.frombuffer(data, dtype=dtype)
 
 
-def _join(*fields: bytes | memoryview) -> bytes:
-    """Fields 1, 2, ... of a message, all length-delimited, in one bytes object."""
+def _fields(*fields: bytes | memoryview) -> Parts:
+    """Fields 1, 2, ... of a message, all length-delimited."""
     parts: list[bytes | memoryview] = []
     for number, data in enumerate(fields, start=1):
         parts.append(_varint(number << 3 | _LENGTH_DELIMITED) + _varint(len(data)))
         parts.append(data)
-    return b"".join(parts)
+    return tuple(parts)
 
 
 def _split(message: Buffer, *, num_fields: int) -> list[memoryview]:
-    """The inverse of `_join`, without copying. A field that is left out is empty."""
+    """The inverse of `_fields`, without copying. A field that is left out is empty."""
     view = memoryview(message)
     fields = [view[:0]] * num_fields
     offset, last = 0, 0

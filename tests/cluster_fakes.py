@@ -237,15 +237,24 @@ class Worker:
         self.calls.append(call)
         if self.refusals:
             self.refusals -= 1
-            return wire.encode_error(
-                call.call_id, self.info.incarnation, expert_pb2.ERROR_BUSY, "told to refuse"
+            return wire.joined(
+                wire.encode_error(
+                    call.call_id, self.info.incarnation, expert_pb2.ERROR_BUSY, "told to refuse"
+                )
             )
         if self.is_broken:
-            return wire.encode_error(
-                call.call_id, self.info.incarnation, expert_pb2.ERROR_INTERNAL, "told to be broken"
+            return wire.joined(
+                wire.encode_error(
+                    call.call_id,
+                    self.info.incarnation,
+                    expert_pb2.ERROR_INTERNAL,
+                    "told to be broken",
+                )
             )
         sums_RD = weighted_sums(self.held, call.x_RD, call.assignments)
-        return wire.encode_reply(call.call_id, self.info.incarnation, sums_RD, self.compute_s)
+        return wire.joined(
+            wire.encode_reply(call.call_id, self.info.incarnation, sums_RD, self.compute_s)
+        )
 
 
 class Workers:
@@ -289,7 +298,7 @@ class MemoryStream:
 
     def send(self, call: wire.Call, overdue_at: float) -> None:
         assert not self.is_closed
-        self._replies.append(self._worker.answer(wire.encode_call(call)))
+        self._replies.append(self._worker.answer(wire.joined(wire.encode_call(call))))
 
     def receive(self, call: wire.Call, overdue_at: float) -> wire.Reply:
         self._worker.patience_s.append(overdue_at - time.monotonic())

@@ -139,7 +139,7 @@ def valid_call(rng: random.Random, config: MixtralConfig, call_id: int) -> exper
             torch.full((num_assignments,), 0.5),
         ),
     )
-    return expert_pb2.ComputeCall.FromString(wire.encode_call(call))
+    return expert_pb2.ComputeCall.FromString(wire.joined(wire.encode_call(call)))
 
 
 def valid_request(rng: random.Random, request_id: int) -> head_pb2.HeadRequest:

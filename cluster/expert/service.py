@@ -54,7 +54,7 @@ class ExpertService:
         self._health = HealthServicer()
         self._warnings = RareWarnings(logger)
         self._pipes = PipeServer(
-            lambda message: [self._answer(message, "a pipe")],
+            lambda message: self._answer(message, "a pipe"),
             max_bytes=rpc.MAX_MESSAGE_BYTES,
             max_connections=rpc.MAX_STREAMS,
         )
@@ -101,11 +101,11 @@ class ExpertService:
         logger.info("%s: stream from %s opened", self._identity.name, context.peer())
         try:
             for message in messages:
-                yield self._answer(message, context.peer())
+                yield wire.joined(self._answer(message, context.peer()))
         finally:  # heads cancel it, which `messages` raises
             logger.info("%s: stream from %s ended", self._identity.name, context.peer())
 
-    def _answer(self, message: Buffer, peer: str) -> bytes:
+    def _answer(self, message: Buffer, peer: str) -> wire.Parts:
         """Reply to one call; a call that cannot be answered gets the reason, the stream goes on."""
         started = time.perf_counter()
         incarnation = self._identity.incarnation

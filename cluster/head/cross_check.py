@@ -159,7 +159,7 @@ class CrossCheck:
                 ),
             )
             compute = self._channel(worker).stream_stream(f"/{rpc.EXPERT_SERVICE}/Compute")
-            replies = compute(iter([wire.encode_call(call)]), timeout=ANSWER_TIMEOUT_S)
+            replies = compute(iter([wire.joined(wire.encode_call(call))]), timeout=ANSWER_TIMEOUT_S)
             reply = wire.decode_reply(next(replies))
             is_ours = reply.incarnation == worker.incarnation
             if reply.error or not is_ours or reply.sums_RD.shape != sample.x_1D.shape:

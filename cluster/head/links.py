@@ -9,7 +9,7 @@ from typing import Protocol
 
 import grpc
 
-from cluster import rpc
+from cluster import rpc, wire
 from cluster.errors import WireError
 from cluster.pipe import Buffer, Pipe
 
@@ -26,7 +26,7 @@ class LinkLostError(Exception):
 class Link(Protocol):
     """Used by the engine's thread, but for `watch` and `close`. Times are `time.monotonic`'s."""
 
-    def send(self, message: bytes, overdue_at: float) -> None:
+    def send(self, message: wire.Parts, overdue_at: float) -> None:
         """Send a message. Never raises: whatever fails shows when the answer is wanted."""
         ...
 
@@ -62,9 +62,9 @@ class GrpcLink:
         compute = channel.stream_stream(f"/{rpc.EXPERT_SERVICE}/Compute")
         self._incoming: Iterator[bytes] = compute(iter(self._outgoing.get, None))
 
-    def send(self, message: bytes, overdue_at: float) -> None:
+    def send(self, message: wire.Parts, overdue_at: float) -> None:
         """Queue a message; gRPC's own thread sends it."""
-        self._outgoing.put(message)
+        self._outgoing.put(wire.joined(message))
 
     def receive(self, overdue_at: float, where: str) -> bytes:
         since = time.monotonic()
@@ -107,11 +107,11 @@ class PipeLink:
         self._pipe = Pipe.connect(name, max_bytes=rpc.MAX_MESSAGE_BYTES)
         self._broken = ""
 
-    def send(self, message: bytes, overdue_at: float) -> None:
+    def send(self, message: wire.Parts, overdue_at: float) -> None:
         if self._broken:  # perhaps in the middle of a message: what follows would be its rest
             return
         try:
-            self._pipe.send([message], _left_s(overdue_at))
+            self._pipe.send(message, _left_s(overdue_at))
         except (OSError, WireError) as error:
             self._broken = f"it could not be asked: {error}"
 

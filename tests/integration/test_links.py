@@ -24,11 +24,11 @@ def test_nothing_follows_a_message_that_was_cut_off() -> None:
         worker, _ = listening.accept()
     with worker:
         worker.setblocking(False)
-        link.send(bytes(64 * 2**20), overdue_at=0.0)
+        link.send((bytes(64 * 2**20),), overdue_at=0.0)
         with suppress(BlockingIOError):
             while worker.recv(2**20):
                 pass
-        link.send(b"next", overdue_at=time.monotonic() + 5)
+        link.send((b"next",), overdue_at=time.monotonic() + 5)
         with pytest.raises(BlockingIOError):
             worker.recv(1)
         with pytest.raises(LinkLostError, match="could not be asked"):

@@ -94,7 +94,7 @@ def busy(address: str, mixtral: Mixtral) -> Iterator[None]:
         x_RD=torch.randn(NUM_ROWS, config.hidden_size, generator=generator),
         assignments=assign(0, Routing(expert_ids_TK, weights_TK)),
     )
-    message, is_over = wire.encode_call(call), threading.Event()
+    message, is_over = wire.joined(wire.encode_call(call)), threading.Event()
 
     def ask() -> None:
         with grpc.insecure_channel(address, rpc.CHANNEL_OPTIONS) as channel:

@@ -237,22 +237,26 @@ def channel(two_workers: list[WorkerServer]) -> Iterator[grpc.Channel]:
 
 
 def good_call(call_id: int = 1) -> bytes:
-    return wire.encode_call(
-        wire.Call(
-            call_id=call_id,
-            epoch=1,
-            layer=0,
-            x_RD=torch.ones(1, 192),
-            assignments=Assignments(((Unit(0, 0), 1),), torch.tensor([0]), torch.tensor([1.0])),
+    return wire.joined(
+        wire.encode_call(
+            wire.Call(
+                call_id=call_id,
+                epoch=1,
+                layer=0,
+                x_RD=torch.ones(1, 192),
+                assignments=Assignments(((Unit(0, 0), 1),), torch.tensor([0]), torch.tensor([1.0])),
+            )
         )
     )
 
 
 def test_a_lying_call_gets_its_reason_and_the_stream_goes_on(channel: grpc.Channel) -> None:
-    wrong_dtype = wire.encode_call(
-        replace(
-            wire.decode_call(good_call(2), Checkpoint(TINY).config, torch.float32),
-            x_RD=torch.ones(1, 192, dtype=torch.bfloat16),
+    wrong_dtype = wire.joined(
+        wire.encode_call(
+            replace(
+                wire.decode_call(good_call(2), Checkpoint(TINY).config, torch.float32),
+                x_RD=torch.ones(1, 192, dtype=torch.bfloat16),
+            )
         )
     )
     too_short = good_call(3)[:-2]

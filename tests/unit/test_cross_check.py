@@ -112,7 +112,7 @@ class Misshapen(CrossCheck):
 
     def _channel(self, worker: WorkerInfo) -> Any:
         sums_RD = torch.ones((1, HIDDEN) if worker == INFOS[0] else self._shape)
-        reply = wire.encode_reply(1, worker.incarnation, sums_RD, 0.0)
+        reply = wire.joined(wire.encode_reply(1, worker.incarnation, sums_RD, 0.0))
         return SimpleNamespace(stream_stream=lambda method: lambda calls, timeout: iter([reply]))
 
 

@@ -128,12 +128,12 @@ def decode(message: bytes, dtype: torch.dtype = torch.float32) -> wire.Call:
 
 @given(call=calls())
 def test_a_call_arrives_as_it_was_sent(call: wire.Call) -> None:
-    assert_same_call(decode(wire.encode_call(call), call.x_RD.dtype), call)
+    assert_same_call(decode(wire.joined(wire.encode_call(call)), call.x_RD.dtype), call)
 
 
 @given(call=calls())
 def test_a_call_is_the_protobuf_message_of_the_contract(call: wire.Call) -> None:
-    assert expert_pb2.ComputeCall.FromString(wire.encode_call(call)) == proto_of(call)
+    assert expert_pb2.ComputeCall.FromString(wire.joined(wire.encode_call(call))) == proto_of(call)
     by_protobuf = proto_of(call).SerializeToString()
     assert_same_call(decode(by_protobuf, call.x_RD.dtype), call)
 
@@ -149,7 +149,7 @@ def test_a_reply_arrives_as_it_was_sent_and_is_the_contracts_message(
     num_rows: int, hidden_size: int, call_id: int, incarnation: int, seed: int
 ) -> None:
     sums_RD = torch.randn(num_rows, hidden_size, generator=torch.Generator().manual_seed(seed))
-    message = wire.encode_reply(call_id, incarnation, sums_RD, 0.25)
+    message = wire.joined(wire.encode_reply(call_id, incarnation, sums_RD, 0.25))
     reply = wire.decode_reply(message)
     assert (reply.call_id, reply.incarnation, reply.error) == (call_id, incarnation, 0)
     assert (reply.message, reply.compute_s) == ("", 0.25)
@@ -172,13 +172,14 @@ def test_a_reply_arrives_as_it_was_sent_and_is_the_contracts_message(
 def test_sums_of_a_smaller_type_travel_in_float32() -> None:
     sums_RD = torch.tensor([[1.5, -2.25]], dtype=torch.bfloat16)
     assert_same_tensor(
-        wire.decode_reply(wire.encode_reply(1, 1, sums_RD, 0.0)).sums_RD, sums_RD.float()
+        wire.decode_reply(wire.joined(wire.encode_reply(1, 1, sums_RD, 0.0))).sums_RD,
+        sums_RD.float(),
     )
 
 
 @given(text=st.text(max_size=2_000), error=st.sampled_from([1, 2, 3, 4]))
 def test_an_error_reply_carries_its_reason_and_no_rows(text: str, error: int) -> None:
-    message = wire.encode_error(5, 9, expert_pb2.ErrorCode.Name(error), text)  # type: ignore[arg-type]
+    message = wire.joined(wire.encode_error(5, 9, expert_pb2.ErrorCode.Name(error), text))  # type: ignore[arg-type]
     reply = wire.decode_reply(message)
     assert (reply.call_id, reply.incarnation, reply.error) == (5, 9, error)
     assert reply.message == text[:1_000]
@@ -189,18 +190,18 @@ def test_rows_that_are_a_view_of_others_travel_as_what_they_show() -> None:
     whole_TD = torch.arange(48.0).view(8, 6)
     call = call_of(num_rows=4)
     strided = wire.Call(7, 2, 1, whole_TD[::2], call.assignments)
-    assert_same_tensor(decode(wire.encode_call(strided)).x_RD, whole_TD[::2])
+    assert_same_tensor(decode(wire.joined(wire.encode_call(strided))).x_RD, whole_TD[::2])
 
 
 # --- no copies ---
 
 
 def test_decoded_tensors_lie_in_the_message() -> None:
-    message = wire.encode_call(call_of())
+    message = wire.joined(wire.encode_call(call_of()))
     call = decode(message)
     assert_lies_in(message, call.x_RD)
     assert_lies_in(message, call.assignments.weights_A)
-    message = wire.encode_reply(1, 1, torch.ones(2, 3), 0.0)
+    message = wire.joined(wire.encode_reply(1, 1, torch.ones(2, 3), 0.0))
     assert_lies_in(message, wire.decode_reply(message).sums_RD)
 
 
@@ -211,7 +212,7 @@ def assert_lies_in(message: bytes, tensor: Tensor) -> None:
 
 def test_decoded_tensors_keep_their_message_alive() -> None:
     expected = call_of(num_rows=9, seed=3)
-    call = decode(wire.encode_call(expected))  # nobody else holds the bytes
+    call = decode(wire.joined(wire.encode_call(expected)))  # nobody else holds the bytes
     assert_same_call(call, expected)
 
 
@@ -230,8 +231,8 @@ def test_the_largest_step_there_may_be_fits_a_message(monkeypatch: pytest.Monkey
         x_RD=torch.zeros(num_rows, CONFIG.hidden_size),
         assignments=assign(2, Routing(expert_ids_TK, torch.ones(num_rows, 2))),
     )
-    reply = wire.encode_reply(largest, largest, call.x_RD, compute_s=1.0)
-    assert len(reply) <= len(wire.encode_call(call)) <= 2**20
+    reply = wire.joined(wire.encode_reply(largest, largest, call.x_RD, compute_s=1.0))
+    assert len(reply) <= len(wire.joined(wire.encode_call(call))) <= 2**20
 
 
 def test_mixtrals_largest_steps_are_those_that_the_settings_name() -> None:
@@ -356,8 +357,8 @@ def test_a_reply_whose_sums_do_not_match_its_shape_is_refused(sums: bytes) -> No
 
 
 def test_a_message_cut_anywhere_is_refused() -> None:
-    call = wire.encode_call(call_of())
-    reply = wire.encode_reply(3, 4, torch.ones(2, 3), 0.0)
+    call = wire.joined(wire.encode_call(call_of()))
+    reply = wire.joined(wire.encode_reply(3, 4, torch.ones(2, 3), 0.0))
     for length in range(len(call)):
         with pytest.raises(WireError):
             decode(call[:length])
@@ -381,7 +382,7 @@ def test_a_message_cut_anywhere_is_refused() -> None:
 )
 def test_what_the_contract_does_not_know_is_refused(tail: bytes, reason: str) -> None:
     with pytest.raises(WireError, match=reason):
-        decode(wire.encode_call(call_of()) + tail)
+        decode(wire.joined(wire.encode_call(call_of())) + tail)
 
 
 def test_a_field_longer_than_the_message_is_refused() -> None:
@@ -440,9 +441,9 @@ def test_random_bytes_raise_nothing_but_wire_errors(message: bytes) -> None:
 def test_random_damage_raises_nothing_but_wire_errors(seed: int) -> None:
     rng = random.Random(seed)
     for message in (
-        wire.encode_call(call_of(seed=seed)),
-        wire.encode_reply(2**63, 2**63, torch.ones(1, 2), 0.1),
-        wire.encode_error(1, 1, expert_pb2.ERROR_INTERNAL, "söme reason"),
+        wire.joined(wire.encode_call(call_of(seed=seed))),
+        wire.joined(wire.encode_reply(2**63, 2**63, torch.ones(1, 2), 0.1)),
+        wire.joined(wire.encode_error(1, 1, expert_pb2.ERROR_INTERNAL, "söme reason")),
     ):
         for _ in range(40):
             damaged = bytearray(message)
