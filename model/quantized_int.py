@@ -121,7 +121,7 @@ class Int8Matrix:
 
     def _multiply_bytes(self, x_RI: Tensor) -> Tensor:
         """Rows in two parts of one byte each: in 127 steps of the row's largest, and what that
-        leaves. What both leave, 1/64,516 of the largest at most, bfloat16 has lost already.
+        leaves. What both leave is 1/64,516 of the largest at most; bfloat16 rounds off 1/512 of it.
         """
         num_rows = len(x_RI)
         wide_RI = x_RI.float()

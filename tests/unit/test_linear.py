@@ -1,5 +1,8 @@
 """Rows through matrices on processors with and without half precision of their own."""
 
+from collections.abc import Callable
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -102,19 +105,27 @@ def test_a_dtype_without_instructions_is_multiplied_in_float32(
     assert subject.multiplies.__wrapped__(torch.float32)
 
 
-@pytest.mark.parametrize("is_float32_faster", [True, False])
+@pytest.mark.parametrize(("native_s", "widened_s"), [(1.0, 2.0), (2.0, 2.0), (2.0, 1.0)])
 def test_instructions_that_are_slower_than_float32_are_not_used(
-    is_float32_faster: bool, monkeypatch: pytest.MonkeyPatch
+    native_s: float, widened_s: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        for _ in range(0 if is_float32_faster else 50):
-            F.linear(x.float(), weight.float())
-        return x
+    now_s = 0.0
+
+    def taking(seconds: float) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+        def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            nonlocal now_s
+            assert x.dtype == weight.dtype == torch.bfloat16
+            now_s += seconds
+            return x
+
+        return linear
 
     monkeypatch.setattr(subject, "_HAS_INSTRUCTIONS", {torch.bfloat16: True})
     monkeypatch.setattr(subject, "_TRIAL", (8, 64, 64))
-    monkeypatch.setattr(subject, "_widened_dense", linear)
-    assert subject.multiplies.__wrapped__(torch.bfloat16) is not is_float32_faster
+    monkeypatch.setattr(subject, "time", SimpleNamespace(perf_counter=lambda: now_s))
+    monkeypatch.setattr(subject, "F", SimpleNamespace(linear=taking(native_s)))
+    monkeypatch.setattr(subject, "_widened_dense", taking(widened_s))
+    assert subject.multiplies.__wrapped__(torch.bfloat16) is (native_s <= widened_s)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
