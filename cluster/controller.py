@@ -9,7 +9,6 @@ import asyncio
 import logging
 import secrets
 import time
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -21,7 +20,7 @@ from cluster.actors import WorkerActor, alive_workers, worker_name
 from cluster.autoscale import Decision
 from cluster.config import ServeConfig
 from cluster.errors import MaestraleError
-from cluster.follow import WATCH_S, HeadReport
+from cluster.follow import WATCH_S, HeadReport, Publisher
 from cluster.living import Change, LivingPlacement, Sizes
 from cluster.manifest import CACHE, Manifest
 from cluster.placement import ClusterView, HeadInfo, HeadsWanted
@@ -69,20 +68,21 @@ class Controller:
         self._living: LivingPlacement | None = None
         self._heads: dict[str, tuple[HeadReport, float]] = {}
         self._scaler = Scaler(knows_heads_at=0.0)
-        self._view = ClusterView(
-            version=1,
-            phase="starting expert workers",
-            percent=0,
-            error=None,
-            placement=None,
-            heads=(),
-            heads_expected=config.num_heads,
+        self._news = Publisher(
+            ClusterView(
+                version=1,
+                phase="starting expert workers",
+                percent=0,
+                error=None,
+                placement=None,
+                heads=(),
+                heads_expected=config.num_heads,
+            )
         )
-        self._changed = asyncio.Event()
         self._supervisor = asyncio.create_task(self._supervise())
 
     def __repr__(self) -> str:
-        return f"Controller({self._app_name}, {self._view})"
+        return f"Controller({self._app_name}, {self._news.view})"
 
     async def watch(self, known: int, head: HeadReport | None = None) -> ClusterView:
         """The view, as soon as it is not the `known` version, at the latest after WATCH_S.
@@ -92,10 +92,7 @@ class Controller:
         if head is not None:
             self._heads[head.name] = (head, time.monotonic())
             self._update_view()
-        if self._view.version == known:
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), WATCH_S)
-        return self._view
+        return await self._news.other_than(known)
 
     async def reconfigure(self, changes: dict[str, Any]) -> None:
         """Called by Serve with the `user_config` that a file gives this deployment, and again when
@@ -116,7 +113,7 @@ class Controller:
         None while the first placement is not there yet.
         """
         living = self._living
-        if living is None or self._view.placement is None:
+        if living is None or self._news.view.placement is None:
             return None
         change = await asyncio.to_thread(living.proposal())
         is_adopted = bool(change.moves) and not dry_run
@@ -142,12 +139,14 @@ class Controller:
     async def wake(self) -> None:
         """Called by an ingress that has a request and no head: have heads and workers again."""
         self._scaler.is_awaited = True
-        if self._view.is_asleep:
+        if self._news.view.is_asleep:
             number = self._config.num_heads
             wanted = HeadsWanted(number, time.time())
             logger.info("woken by a request")
-            self._set_view(
-                replace(self._view, is_asleep=False, heads_wanted=wanted, heads_expected=number)
+            self._news.publish(
+                replace(
+                    self._news.view, is_asleep=False, heads_wanted=wanted, heads_expected=number
+                )
             )
 
     def check_health(self) -> None:
@@ -181,7 +180,7 @@ class Controller:
         config = self._config
         # those that a controller before this one has added are still needed, for all it knows
         num_alive = max(await asyncio.to_thread(alive_workers, self._app_name), default=-1) + 1
-        self._set_view(replace(self._view, takes_over=num_alive > 0))
+        self._news.publish(replace(self._news.view, takes_over=num_alive > 0))
         try:
             sizes, weights, manifest = await asyncio.to_thread(self._read_checkpoint)
             num_workers = max(config.num_workers, min(num_alive, config.most_workers))
@@ -190,7 +189,7 @@ class Controller:
         except (MaestraleError, ModelError, OSError) as error:
             # Another start would fail the same way: say so, to whoever asks, until deleted.
             logger.error("nothing can be placed: %s", error)
-            self._set_view(replace(self._view, phase="failed", error=str(error)))
+            self._news.publish(replace(self._news.view, phase="failed", error=str(error)))
             await asyncio.Event().wait()
         if num_alive:  # and heads, which have yet to be heard of
             self._scaler = Scaler(time.monotonic() + HEAD_SILENT_AFTER_S)
@@ -233,11 +232,12 @@ class Controller:
     async def _sleep(self) -> None:
         """End all workers, and return when there is a request."""
         workers, self._workers, self._living = self._workers, {}, None
-        self._set_view(replace(self._view, phase="asleep", error=None, placement=None, heads=()))
+        self._news.publish(
+            replace(self._news.view, phase="asleep", error=None, placement=None, heads=())
+        )
         await asyncio.gather(*(worker.dismiss() for worker in workers.values()))
-        while self._view.is_asleep:
-            await self._changed.wait()
-        self._set_view(replace(self._view, phase="starting expert workers", percent=0))
+        await self._news.until(lambda view: not view.is_asleep)
+        self._news.publish(replace(self._news.view, phase="starting expert workers", percent=0))
 
     def _read_checkpoint(self) -> tuple[Sizes, str, Manifest]:
         """What is to be placed, from the headers; a sample of it; what was read of it before."""
@@ -301,7 +301,7 @@ class Controller:
         living.drain([head.stamp for head, _ in self._heads.values()], now)
         if (placement := living.publish(now)) is not None:
             logger.info("placement %d: %s", placement.epoch, placement.workers)
-            self._set_view(replace(self._view, placement=placement))
+            self._news.publish(replace(self._news.view, placement=placement))
         self._update_view()
 
     async def _plan(self, living: LivingPlacement) -> None:
@@ -342,13 +342,13 @@ class Controller:
                 living.totals,
                 self._config,
                 num_workers=living.num_workers,
-                is_placed=self._view.placement is not None,
-                is_asleep=self._view.is_asleep,
+                is_placed=self._news.view.placement is not None,
+                is_asleep=self._news.view.is_asleep,
                 now=time.monotonic(),
             )
             if decision is not None:
                 self._apply(decision, living)
-            if self._view.is_asleep and not self._heads:
+            if self._news.view.is_asleep and not self._heads:
                 raise _AsleepError
 
     def _apply(self, decision: Decision, living: LivingPlacement) -> None:
@@ -359,16 +359,16 @@ class Controller:
         if decision.num_workers:
             living.resize(decision.num_workers)
             self._are_missing.set()
-        wanted = self._view.heads_wanted
+        wanted = self._news.view.heads_wanted
         if wanted is None or wanted.number != decision.num_heads:
             wanted = HeadsWanted(decision.num_heads, time.time())
-        self._set_view(
+        self._news.publish(
             replace(
-                self._view,
+                self._news.view,
                 heads_expected=wanted.number,
                 heads_wanted=wanted,
                 is_asleep=wanted.number == 0,
-                scaling=decision.reason if decision.is_change else self._view.scaling,
+                scaling=decision.reason if decision.is_change else self._news.view.scaling,
             )
         )
 
@@ -388,32 +388,13 @@ class Controller:
         errors += [f"{worker.name}: {worker.error}" for worker in workers if worker.error]
         if living is None:
             return  # nothing is planned yet, or nothing can be
-        phase, percent = self._progress(living, has_head=bool(ready))
-        self._set_view(
+        phase, percent = living.progress(has_head=bool(ready))
+        self._news.publish(
             replace(
-                self._view,
+                self._news.view,
                 phase=phase,
                 percent=percent,
                 error=errors[0] if errors else None,
                 heads=ready,
             )
         )
-
-    def _progress(self, living: LivingPlacement, *, has_head: bool) -> tuple[str, int]:
-        placement = self._view.placement
-        if not living.is_planned:
-            num_heard = sum(w.incarnation is not None for w in self._workers.values())
-            return "starting expert workers", 10 * num_heard // living.num_workers
-        if placement is None:
-            num_loaded = living.num_wanted - living.num_missing
-            return "loading experts", 10 + 80 * num_loaded // max(1, living.num_wanted)
-        if placement.num_missing:
-            return f"reloading {placement.num_missing} experts that nobody holds", 90
-        return ("ready", 100) if has_head else ("starting head replicas", 90)
-
-    def _set_view(self, view: ClusterView) -> None:
-        """Make this the view, and wake everybody who watches, if it differs."""
-        if view != self._view:
-            self._view = replace(view, version=self._view.version + 1)
-            self._changed.set()
-            self._changed = asyncio.Event()

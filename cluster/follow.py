@@ -1,4 +1,5 @@
-"""How heads and ingresses hear from the controller: one call that returns when something changes.
+"""How heads and ingresses hear from the controller: one call that returns when something changes,
+answered by a Publisher, and made again and again by `follow`.
 
 If the controller is away, everybody goes on with the last view. Knows no Ray: the handle is given.
 """
@@ -6,7 +7,8 @@ If the controller is away, everybody goes on with the last view. Knows no Ray: t
 import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 from cluster.placement import ClusterView, Stamp
@@ -37,6 +39,35 @@ class HeadReport:
     error: str | None = None
     stamp: Stamp = (0, 0)
     totals: HeadTotals = field(default_factory=HeadTotals)
+
+
+class Publisher:
+    """The controller's side: its view, and whoever waits for another. Owned by one event loop."""
+
+    def __init__(self, view: ClusterView) -> None:
+        self.view = view
+        self._changed = asyncio.Event()
+
+    def publish(self, view: ClusterView) -> None:
+        """Make this the view, with a version of its own, and wake everybody who waits, if it
+        differs.
+        """
+        if view != self.view:
+            self.view = replace(view, version=self.view.version + 1)
+            self._changed.set()
+            self._changed = asyncio.Event()
+
+    async def other_than(self, known: int) -> ClusterView:
+        """The view, as soon as it is not the `known` version, at the latest after WATCH_S."""
+        if self.view.version == known:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), WATCH_S)
+        return self.view
+
+    async def until(self, is_so: Callable[[ClusterView], bool]) -> None:
+        """Return as soon as that is true of the view."""
+        while not is_so(self.view):
+            await self._changed.wait()
 
 
 def as_heads_were_told(context: Any) -> tuple[int, dict[str, Any]]:

@@ -226,6 +226,20 @@ class LivingPlacement:
             for number, worker in enumerate(copy)
         )
 
+    def progress(self, *, has_head: bool) -> tuple[str, int]:
+        """What is still to be done before requests can be answered, and how much of all is done,
+        percent. has_head: a head replica is ready.
+        """
+        if self._target is None:
+            num_heard = sum(report is not None for report in self._reports)
+            return "starting expert workers", 10 * num_heard // self.num_workers
+        if self._published is None:
+            num_loaded = self.num_wanted - self.num_missing
+            return "loading experts", 10 + 80 * num_loaded // max(1, self.num_wanted)
+        if num_missing := self._published.placement.num_missing:
+            return f"reloading {num_missing} experts that nobody holds", 90
+        return ("ready", 100) if has_head else ("starting head replicas", 90)
+
     @property
     def is_settled(self) -> bool:
         """All is where it is wanted, and no head goes by an older placement."""

@@ -10,7 +10,14 @@ import pytest
 from ray.serve._private.common import TimeStampedValue
 
 from cluster import follow as follow_module
-from cluster.follow import DECIDED_AT, HEADS_WANTED, HeadReport, as_heads_were_told, follow
+from cluster.follow import (
+    DECIDED_AT,
+    HEADS_WANTED,
+    HeadReport,
+    Publisher,
+    as_heads_were_told,
+    follow,
+)
 from cluster.placement import ClusterView, HeadInfo, Placement
 
 STARTING = ClusterView(1, "starting expert workers", 0, None, None, (), 1)
@@ -174,3 +181,28 @@ def test_a_service_that_falls_asleep_has_no_placement_any_more() -> None:
     waking = replace(asleep, version=6, is_asleep=False)
     assert seen(READY, asleep, waking)[0] == [READY, asleep, waking]
     assert seen(READY, waking)[0] == [READY]
+
+
+def test_who_waits_hears_of_what_differs_and_of_nothing_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(follow_module, "WATCH_S", 60.0)
+
+    async def run() -> None:
+        news = Publisher(STARTING)
+        assert await news.other_than(0) == STARTING  # at once, to whoever comes anew
+        waiting = asyncio.create_task(news.other_than(STARTING.version))
+        ready = asyncio.create_task(news.until(lambda view: view.phase == "ready"))
+        news.publish(STARTING)
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        news.publish(replace(STARTING, percent=50))
+        view = await asyncio.wait_for(waiting, 5)
+        assert (view.version, view.percent) == (STARTING.version + 1, 50)
+        assert not ready.done()
+        news.publish(replace(news.view, phase="ready"))
+        await asyncio.wait_for(ready, 5)
+        monkeypatch.setattr(follow_module, "WATCH_S", 0.01)
+        assert await news.other_than(news.view.version) == news.view  # nothing new, in time
+
+    asyncio.run(run())

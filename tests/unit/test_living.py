@@ -171,6 +171,19 @@ def test_the_first_placement_waits_until_every_expert_can_be_asked_for() -> None
     assert {info.name for info in cluster.newest.workers} == {"worker-0", "worker-1"}
 
 
+def test_a_start_says_how_far_it_is() -> None:
+    cluster = Cluster(sizes())
+    assert cluster.living.progress(has_head=False) == ("starting expert workers", 0)
+    told = []
+    while not cluster.living.is_settled:
+        cluster.beat()
+        told.append(cluster.living.progress(has_head=False))
+    assert told[0] == ("loading experts", 10)
+    assert [percent for _, percent in told] == sorted(percent for _, percent in told)
+    assert told[-1] == ("starting head replicas", 90)
+    assert cluster.living.progress(has_head=True) == ("ready", 100)
+
+
 @given(
     num_workers=st.sampled_from([2, 4]),
     spare=st.integers(0, 3),
