@@ -17,6 +17,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
+import numpy as np
+
 from cluster.errors import WireError
 
 logger = logging.getLogger(__name__)
@@ -42,7 +44,7 @@ _LONGEST_PAUSE_S = 1.0
 """Before a connection is accepted again: each failure in a row doubles the pause. It is descriptors
 or memory that lack, and trying at once would only keep the processor from whoever holds them."""
 
-Buffer = bytes | bytearray | memoryview
+Buffer = bytes | memoryview
 
 
 class Pipe:
@@ -66,9 +68,9 @@ class Pipe:
         self._max_bytes = max_bytes
         self._poll = select.poll()
         self._poll.register(connected, select.POLLIN)
-        self._arrived: deque[bytearray] = deque()
+        self._arrived: deque[memoryview] = deque()
         self._length = bytearray(_LENGTH.size)
-        self._message: bytearray | None = None
+        self._message: memoryview | None = None
         self._rest = memoryview(self._length)
         """What is still to be filled of the length, or of the message."""
         self._spin_until = 0.0
@@ -108,7 +110,7 @@ class Pipe:
                 unsent[0] = unsent[0][num_sent:]
         self._spin_until = time.monotonic() + _SPIN_S
 
-    def receive(self, timeout_s: float | None = None) -> bytearray:
+    def receive(self, timeout_s: float | None = None) -> memoryview:
         """The next message. Raises as `send` does."""
         deadline = _deadline(timeout_s)
         self._take()
@@ -161,8 +163,9 @@ class Pipe:
                 raise WireError(
                     f"a message of {num_bytes:,} bytes; 1 to {self._max_bytes:,} may be"
                 )
-            self._message = bytearray(num_bytes)
-            self._rest = memoryview(self._message)
+            # not a bytearray, which would be filled with zeros first
+            self._message = np.empty(num_bytes, dtype=np.uint8).data
+            self._rest = self._message
         else:
             self._arrived.append(self._message)
             self._message = None
@@ -174,7 +177,7 @@ class PipeServer:
 
     def __init__(
         self,
-        answer: Callable[[bytearray], Sequence[Buffer]],
+        answer: Callable[[memoryview], Sequence[Buffer]],
         *,
         max_bytes: int,
         max_connections: int,

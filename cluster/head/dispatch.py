@@ -240,7 +240,7 @@ class RemoteExperts:
             call_id=self._next_call_id,
             epoch=routes.placement.epoch,
             layer=mine.counts[0][0].layer,
-            x_RD=x_TD.index_select(0, rows_R),
+            x_RD=x_TD if len(rows_R) == len(x_TD) else x_TD.index_select(0, rows_R),
             assignments=Assignments(mine.counts, local_A, mine.weights_A),
         )
         self._next_call_id += 1
@@ -291,7 +291,7 @@ class RemoteRows:
         is no other.
         """
         phases = self.experts.phases
-        sums_TD = torch.zeros(self.x_TD.shape, dtype=torch.float32, device=self.x_TD.device)
+        sums_TD: Tensor | None = None
         compute_s = 0.0
         parts = self.parts or []
         lost = [self.assignments] if self.parts is None else []
@@ -317,7 +317,7 @@ class RemoteRows:
                     continue
                 phases.enter("unpacking")
                 compute_s = max(compute_s, answer.compute_s)
-                sums_TD.index_add_(0, part.rows_R, answer.sums_RD.to(sums_TD.device))
+                sums_TD = self._plus(sums_TD, part, answer.sums_RD, is_only=len(parts) == 1)
             if not lost:
                 break
             # Experts keep no state, so twice does no harm.
@@ -331,10 +331,27 @@ class RemoteRows:
             )
             lost, timed = [], None
             if is_all:
-                sums_TD.zero_()
+                sums_TD = None
         self.experts.blame(failed)
         phases.reveal(compute_s, was="transfer", really="experts")
-        return sums_TD
+        return self._zeros() if sums_TD is None else sums_TD
+
+    def _plus(
+        self, sums_TD: Tensor | None, part: _Part, sums_RD: Tensor, *, is_only: bool
+    ) -> Tensor:
+        """Sums, None for zeros, and a part's. What was received may be read only, so it is returned
+        but never added to.
+
+        is_only: there are no other parts.
+        """
+        sums_RD = sums_RD.to(self.x_TD.device)
+        if sums_TD is None and is_only and len(sums_RD) == len(self.x_TD):
+            return sums_RD
+        sums_TD = self._zeros() if sums_TD is None else sums_TD
+        return sums_TD.index_add_(0, part.rows_R, sums_RD)
+
+    def _zeros(self) -> Tensor:
+        return torch.zeros(self.x_TD.shape, dtype=torch.float32, device=self.x_TD.device)
 
     def _answers(
         self, parts: Sequence[_Part], timed: int | None

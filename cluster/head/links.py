@@ -115,7 +115,7 @@ class PipeLink:
         except (OSError, WireError) as error:
             self._broken = f"it could not be asked: {error}"
 
-    def receive(self, overdue_at: float, where: str) -> bytearray:
+    def receive(self, overdue_at: float, where: str) -> memoryview:
         if self._broken:
             raise LinkLostError(self._broken)
         since = time.monotonic()
