@@ -317,7 +317,7 @@ class RemoteRows:
                     continue
                 phases.enter("unpacking")
                 compute_s = max(compute_s, answer.compute_s)
-                sums_TD = self._plus(sums_TD, part, answer.sums_RD, is_only=len(parts) == 1)
+                sums_TD = self._plus(sums_TD, part, answer.sums_RD)
             if not lost:
                 break
             # Experts keep no state, so twice does no harm.
@@ -336,17 +336,11 @@ class RemoteRows:
         phases.reveal(compute_s, was="transfer", really="experts")
         return self._zeros() if sums_TD is None else sums_TD
 
-    def _plus(
-        self, sums_TD: Tensor | None, part: _Part, sums_RD: Tensor, *, is_only: bool
-    ) -> Tensor:
-        """Sums, None for zeros, and a part's. What was received may be read only, so it is returned
-        but never added to.
-
-        is_only: there are no other parts.
-        """
+    def _plus(self, sums_TD: Tensor | None, part: _Part, sums_RD: Tensor) -> Tensor:
+        """Sums, None for zeros, and a part's."""
         sums_RD = sums_RD.to(self.x_TD.device)
-        if sums_TD is None and is_only and len(sums_RD) == len(self.x_TD):
-            return sums_RD
+        if part.assignments.counts == self.assignments.counts:
+            return sums_RD  # the part is everything; it may be read only, but none is added to it
         sums_TD = self._zeros() if sums_TD is None else sums_TD
         return sums_TD.index_add_(0, part.rows_R, sums_RD)
 
