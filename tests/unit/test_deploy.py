@@ -90,7 +90,8 @@ def test_every_start_of_ray_asks_for_the_token(name: str) -> None:
 
 OF_HEAD_NODE = {
     "RAY_gcs_rpc_server_reconnect_timeout_s": "600",
-    "RAY_health_check_failure_threshold": "20",
+    "RAY_health_check_failure_threshold": "30",
+    "RAY_health_check_timeout_ms": "2000",
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "40",
 }
 OF_NODES = {"RAY_gcs_rpc_server_reconnect_timeout_s": "600"}
@@ -100,7 +101,7 @@ def test_every_cluster_waits_as_long_for_rays_head_node() -> None:
     """`make test-cluster` shows that a minute without it costs nothing, with one of these files."""
     for name in CLUSTERS:
         for kind, wanted in (
-            ("head", OF_HEAD_NODE | {"AUTOSCALER_HEARTBEAT_TIMEOUT_S": "100"}),
+            ("head", OF_HEAD_NODE | {"AUTOSCALER_HEARTBEAT_TIMEOUT_S": "150"}),
             ("worker", OF_NODES),
         ):
             (start,) = [c for c in loaded(name)[f"{kind}_start_ray_commands"] if " start " in c]
