@@ -133,6 +133,10 @@ def is_healthy(cluster: Cluster) -> bool:
     return status["applications"]["maestrale"]["status"] == "RUNNING" and set(states) == {"HEALTHY"}
 
 
+def is_ready(cluster: Cluster) -> bool:
+    return bool(cluster.caller.run(f"curl -sf -m 5 {cluster.url}/ready || true"))
+
+
 def workers(cluster: Cluster) -> set[tuple[str, str]]:
     """Names and addresses of the workers that `/ready` tells of."""
     status = json.loads(cluster.caller.run(f"curl -s {cluster.url}/ready"))
@@ -203,9 +207,9 @@ def test_rays_head_node_may_be_away_for_a_minute(served: Cluster) -> None:
             served.ray_head.reconnect()
         until(lambda: is_healthy(served), "all to be healthy again")
     print(
-        f"\n{sum(map(len, told))} streams, {sum(told_meanwhile)} of them while Ray's head node was "
+        f"\n{sum(map(len, told))} streams, {sum(told_meanwhile)} of them ended while Ray's head "
+        f"node was away; {max(map(max, told)):.2f} s between two chunks at most"
     )
-    print(f"away; between two chunks {max(map(max, told)):.2f} s at most")
     # the first may have begun before, the second has not
     assert min(told_meanwhile) >= 2
     assert (nodes(served), workers(served)) == before  # nothing had to be started again
@@ -213,6 +217,8 @@ def test_rays_head_node_may_be_away_for_a_minute(served: Cluster) -> None:
     served.experts[0].run("pkill -9 -f ray::[E]xpertWorker")
     until(lambda: len(workers(served) - before[1]) == 1, "another worker in its place")
     until(lambda: hosts_with_workers(served) == hosts_of_experts, "its experts")
+    served.door.run("pkill -9 -f ServeReplica:maestrale:[I]ngress")
+    until(lambda: is_ready(served), "another ingress, and its door to hear of it")
     assert stream(served, 40).communicate(timeout=60)[0] == said_here(40)
 
 

@@ -88,13 +88,15 @@ def test_every_start_of_ray_asks_for_the_token(name: str) -> None:
     assert "--dashboard-host" not in " ".join(commands)  # so it stays on loopback
 
 
-OF_HEAD_NODE = {
-    "RAY_gcs_rpc_server_reconnect_timeout_s": "600",
+OF_NODES = {
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "150",
+    "RAY_grpc_keepalive_timeout_ms": "150000",
+}
+OF_HEAD_NODE = OF_NODES | {
     "RAY_health_check_failure_threshold": "30",
     "RAY_health_check_timeout_ms": "2000",
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "40",
 }
-OF_NODES = {"RAY_gcs_rpc_server_reconnect_timeout_s": "600"}
 
 
 def test_every_cluster_waits_as_long_for_rays_head_node() -> None:
