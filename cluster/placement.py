@@ -216,4 +216,4 @@ class ClusterView:
     def addresses(self) -> tuple[str, ...]:
         """Where heads and workers listen, HOST:PORT."""
         workers = self.placement.workers if self.placement else ()
-        return tuple(each.address for each in (*self.heads, *workers))
+        return (*(head.address for head in self.heads), *(worker.address for worker in workers))
