@@ -38,7 +38,7 @@ test-clients: $(VENV)/.clients  ## Other people's clients and tools against our 
 test-soak: $(VENV)/.dev  ## Minutes-long runs, for tests/bench/RESULTS.md
 	$(BIN)/python -m pytest -q -s tests/soak
 
-test-cluster: $(VENV)/.dev  ## ray up, serve deploy on four hosts of this machine: root, iproute2, openssh-server, rsync
+test-cluster: $(VENV)/.dev  ## ray up, serve deploy on five hosts of this machine: root, iproute2, openssh-server, rsync
 	$(BIN)/python -m pytest -q -s tests/cluster
 
 check: $(VENV)/.dev  ## Lint, format, types, import layers, deploy files

@@ -3,15 +3,17 @@
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import RayActorError, RayError
-from ray.util import list_named_actors
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError
+from ray.util import get_node_ip_address, list_named_actors
 
 from cluster.config import ServeConfig
+from cluster.network import listen_host
+from cluster.reach import is_cut_off
 from model.units import Unit
 
 if TYPE_CHECKING:
@@ -25,7 +27,8 @@ NAMESPACE = "maestrale"
 BEAT_TIMEOUT_S = 2.0
 
 MAX_MISSED_BEATS = 3
-"""A worker that has missed so many counts as dead: it is killed and replaced."""
+"""A worker that has missed so many counts as dead, unless the controller is cut off: it is killed
+and replaced."""
 
 START_TIMEOUT_S = 120.0
 """For a worker's first heartbeat: its process has to start."""
@@ -59,10 +62,17 @@ class WorkerActor:
     """One worker by its name, whatever process it is at the moment. Owned by one event loop."""
 
     def __init__(
-        self, config: ServeConfig, name: str, quantization: str | None, weights: str, owner: str
+        self,
+        config: ServeConfig,
+        name: str,
+        quantization: str | None,
+        weights: str,
+        owner: str,
+        peers: Callable[[], Iterable[str]],
     ) -> None:
-        """weights: as in WorkerSettings. owner: of its lease. The first heartbeat starts it, or
-        finds it if it is still alive.
+        """weights: as in WorkerSettings. owner: of its lease. peers: addresses of all heads and
+        workers, which show whose fault silence is. The first heartbeat starts it, or finds it if it
+        is still alive.
         """
         self.name = name
         self.quantization = quantization
@@ -73,6 +83,9 @@ class WorkerActor:
         self.is_outdated = False
         """Whether it runs with other settings than it would be started with now, but can be used
         until it is replaced."""
+        self.is_out_of_reach = False
+        """Whether it is silent, and so is everybody else on other hosts."""
+        self._peers = peers
         self._config = config
         self._weights = weights
         self._owner = owner
@@ -99,6 +112,7 @@ class WorkerActor:
 
         A worker that stays silent is killed, and one that a controller before this one has started
         for another model, or so that our heads cannot reach it, is ended: both are dead in the end.
+        While we are cut off ourselves nobody is: it is waited for.
         """
         if self._start_in_s is not None:
             await asyncio.sleep(self._start_in_s)
@@ -117,16 +131,12 @@ class WorkerActor:
                 report: WorkerReport = await asyncio.wait_for(
                     self._actor.heartbeat.remote(self._owner, stamp), timeout_s
                 )
-            except RayActorError as error:
-                self._note_death(error)
-                return None
             except (TimeoutError, RayError) as error:
-                self._num_missed += 1
-                logger.warning(
-                    "%s missed %d heartbeats: %r", self.name, self._num_missed, _first_line(error)
-                )
-                if self._num_missed >= MAX_MISSED_BEATS:
-                    ray.kill(self._actor)
+                is_away = isinstance(error, ActorUnavailableError)  # it may live nevertheless
+                if isinstance(error, RayActorError) and not is_away:
+                    self._note_death(error)
+                    return None
+                await self._note_silence(error)
                 continue
             if self.incarnation != report.incarnation:
                 self.incarnation, self._told = report.incarnation, None
@@ -136,7 +146,26 @@ class WorkerActor:
                 continue
             self.is_outdated = report.settings != self._settings
             self._num_missed, self._num_failed_starts, self.error = 0, 0, report.error
+            self.is_out_of_reach = False
             return report
+
+    async def _note_silence(self, error: Exception) -> None:
+        """Count a missed heartbeat; after too many kill it, unless it may not be its fault."""
+        self._num_missed += 1
+        logger.warning(
+            "%s missed %d heartbeats: %r", self.name, self._num_missed, _first_line(error)
+        )
+        if not isinstance(error, TimeoutError):
+            await asyncio.sleep(BEAT_TIMEOUT_S)  # it came at once, and so would the next
+        if self._num_missed >= MAX_MISSED_BEATS:
+            network = self._config.network
+            own_host = listen_host(network.host, get_node_ip_address())
+            self.is_out_of_reach = await is_cut_off(own_host, self._peers())
+            if self.is_out_of_reach:
+                logger.warning("no other host can be reached: %s is left alone", self.name)
+            else:
+                # Ray's control store may be away; nobody's lease would be renewed meanwhile
+                await asyncio.to_thread(ray.kill, self._actor)
 
     def _note_death(self, error: RayActorError) -> None:
         """Say why, and when to start another: at once, unless it never came to its first beat."""
@@ -144,6 +173,7 @@ class WorkerActor:
         logger.warning("%s is dead: %s", self.name, cause)
         has_started = self.incarnation is not None
         self.incarnation, self._num_missed, self.error = None, 0, None
+        self.is_out_of_reach = False
         if has_started:
             self._start_in_s = 0.0
             return

@@ -51,6 +51,10 @@ PROXY_BY_GRPC = "RAY_SERVE_PROXY_USE_GRPC"
 """Set to 1 where Ray is started: Serve's proxy then takes an answer's tokens from the ingress by
 gRPC rather than as Ray objects, for half of what a token costs both (tests/bench/RESULTS.md)."""
 
+SMALL_CPUS = 0.01
+"""What controller and ingresses take of a node: enough to keep them off a Ray head node that is
+started with none (deploy/), which may then be away for a while."""
+
 _MANY = 10_000
 """Serve's own bound on calls in progress; ours (429) lies below it."""
 
@@ -69,7 +73,7 @@ def build(config: ServeConfig) -> serve.Application:
         name="Controller",
         num_replicas=1,
         max_ongoing_requests=_MANY,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": SMALL_CPUS},
         logging_config={"enable_access_log": False},  # it is asked every two seconds
         health_check_period_s=5,
     )(Controller).bind(config)
@@ -89,7 +93,7 @@ def build(config: ServeConfig) -> serve.Application:
         name="Ingress",
         num_replicas=config.num_ingresses,
         max_ongoing_requests=_MANY,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": SMALL_CPUS},
         health_check_period_s=5,
         graceful_shutdown_timeout_s=config.drain_timeout_s,
     )(serve.ingress()(Ingress)).bind(config, controller, heads)
@@ -308,7 +312,8 @@ def _ray(address: str | None, config: ServeConfig, *, verbose: bool) -> Iterator
 
 
 def _cpus_wanted(config: ServeConfig) -> float:
-    return config.most_workers * config.worker_cpus + config.most_heads * config.head_cpus
+    large = config.most_workers * config.worker_cpus + config.most_heads * config.head_cpus
+    return large + (config.num_ingresses + 1) * SMALL_CPUS
 
 
 def _resources_wanted(config: ServeConfig) -> dict[str, float]:

@@ -221,10 +221,10 @@ class ServeConfig(BaseModel):
     cross_check_share: float = Field(default=0.001, ge=0, le=1)
     """Share of the rows for experts with several copies that a second copy computes as well, beside
     the answers, to find memory or a processor that has gone bad. 0: none."""
-    lease_s: float = Field(default=60.0, ge=1)
+    lease_s: float = Field(default=180.0, ge=1)
     """Workers end by themselves when the controller has not renewed their lease for so long. Above
-    the time that Serve takes to start a controller anew, also on a busy machine: streams go on
-    without one, but not without workers."""
+    the time that Serve takes to start a controller anew, also on a busy machine, and that the
+    network may keep it away: streams go on without one, but not without workers."""
 
     @model_validator(mode="before")
     @classmethod

@@ -211,3 +211,9 @@ class ClusterView:
     def is_ready(self) -> bool:
         """Experts are placed and a head has passed rows through every one of them."""
         return self.placement is not None and len(self.heads) > 0
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Where heads and workers listen, HOST:PORT."""
+        workers = self.placement.workers if self.placement else ()
+        return (*(head.address for head in self.heads), *(worker.address for worker in workers))

@@ -27,6 +27,9 @@ from model.tensor_files import SafetensorsFile
 
 # --- processes ---
 
+CONTROLLER = "maestrale:Controller"
+"""Its class as `actors` takes it: Serve has a controller, too."""
+
 
 def descendants(root: int) -> list[psutil.Process]:
     """All processes below this one."""
@@ -44,6 +47,16 @@ def actors(root: int, kind: str) -> list[int]:
             if kind in "".join(process.cmdline()[:1]):
                 found.append(process.pid)
     return sorted(found)
+
+
+def oldest(root: int, kind: str) -> Callable[[], int | None]:
+    """Picks the actor of a class that has lived longest: the one that most depends on."""
+
+    def pick() -> int | None:
+        pids = actors(root, kind)
+        return min(pids, key=lambda pid: psutil.Process(pid).create_time(), default=None)
+
+    return pick
 
 
 def listener(root: int, address: str) -> int:

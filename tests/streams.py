@@ -44,6 +44,16 @@ def tell(
     return story
 
 
+def tell_until(
+    client: Client, prompt: str, max_tokens: int, is_over: threading.Event
+) -> list[Story]:
+    """The same story, one stream after the other."""
+    stories = []
+    while not is_over.is_set():
+        stories.append(tell(client, prompt, max_tokens))
+    return stories
+
+
 def tell_all(
     client: Client,
     prompts: Sequence[str],

@@ -1,4 +1,4 @@
-"""Three hosts of a cluster and a fourth that calls them, driven by Ray's own commands."""
+"""Four hosts of a cluster and a fifth that calls them, driven by Ray's own commands."""
 
 import json
 import sys
@@ -14,7 +14,7 @@ import yaml
 from tests.cluster.hosts import Host, hosts, missing
 
 ROOT = Path(__file__).parents[2]
-CALLER = 4
+CALLER = 5
 PORT = 8000
 KEY = "a-key-of-the-test"
 UP_TIMEOUT_S = 400
@@ -25,15 +25,21 @@ READY_TIMEOUT_S = 240
 class Cluster:
     """A cluster that is up, and the host it is operated and called from."""
 
-    head: Host
-    """Ray's head node, where head replicas run, too."""
+    ray_head: Host
+    """Ray's head node, on which nothing of the service runs."""
+    door: Host
+    """Where head replica, ingress and controller are."""
     experts: tuple[Host, ...]
     caller: Host
     file: Path
 
     @property
+    def hosts(self) -> tuple[Host, ...]:
+        return (self.ray_head, self.door, *self.experts)
+
+    @property
     def url(self) -> str:
-        return f"http://{self.head.address}:{PORT}"
+        return f"http://{self.door.address}:{PORT}"
 
     def ray(self, verb: str, *arguments: str, timeout_s: float = 120) -> str:
         """Run one of Ray's own commands on the caller's host."""
@@ -41,7 +47,7 @@ class Cluster:
         return self.caller.run(f"RAY_UP_enable_autoscaler_v2=0 ray {words}", timeout_s=timeout_s)
 
     def on_head(self, text: str, *, timeout_s: float = 120) -> str:
-        return self.head.run(f"RAY_AUTH_MODE=token {text}", timeout_s=timeout_s)
+        return self.ray_head.run(f"RAY_AUTH_MODE=token {text}", timeout_s=timeout_s)
 
 
 def until(condition: Callable[[], bool], what: str, timeout_s: float = 240) -> None:
@@ -62,17 +68,22 @@ def _hosts_can_be_made() -> None:
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("hosts")
-    with hosts(folder, [1, 2, 3, CALLER]) as (head, first, second, caller):
-        for host, offered in ((head, "head"), (first, "expert"), (second, "expert")):
-            (host.home / "resources.json").write_text(json.dumps({f"maestrale_{offered}": 1}))
-        for host in (head, first, second, caller):
+    with hosts(folder, [1, 2, 3, 4, CALLER]) as (ray_head, door, *experts, caller):
+        for host, offered in (
+            (ray_head, {}),
+            (door, {"maestrale_head": 1}),
+            *((host, {"maestrale_expert": 1}) for host in experts),
+        ):
+            (host.home / "resources.json").write_text(json.dumps(offered))
+            (host.home / "num-cpus").write_text("2" if host is door else "0")
+        for host in (ray_head, door, *experts, caller):
             settle_in(host)
         caller.run("ray get-auth-token --generate > /dev/null; chmod 600 ~/.ray/auth_token")
         caller.run("maestrale certs --out ~/maestrale-secrets/tls", timeout_s=120)
         (caller.home / "maestrale-secrets" / "api-keys").write_text(KEY)
         file = folder / "cluster.yaml"
-        file.write_text(yaml.safe_dump(_as_deployed_here(head, [first, second])))
-        running = Cluster(head, (first, second), caller, file)
+        file.write_text(yaml.safe_dump(_as_deployed_here(ray_head, [door, *experts])))
+        running = Cluster(ray_head, door, tuple(experts), caller, file)
         running.ray("up -y --no-config-cache", timeout_s=UP_TIMEOUT_S)
         yield running
 
@@ -100,8 +111,10 @@ def _as_deployed_here(head: Host, workers: list[Host]) -> dict[str, Any]:
     deployed: dict[str, Any] = yaml.safe_load(text.replace("/etc/maestrale/", "~/"))
     small = "--object-store-memory=100000000 --node-ip-address"
     starts = {
-        "head_start_ray_commands": f' --resources="$(cat ~/resources.json)" {small}={head.address}',
-        "worker_start_ray_commands": f" --num-cpus=2 {small}=$(hostname -I | cut -d' ' -f1)",
+        "head_start_ray_commands": f" {small}={head.address}",
+        "worker_start_ray_commands": (
+            f' --num-cpus="$(cat ~/num-cpus)" {small}="$(hostname -I | cut -d\' \' -f1)"'
+        ),
     }
     for name, more in starts.items():
         deployed[name] = [

@@ -3,7 +3,9 @@
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -12,7 +14,7 @@ from model import Mixtral
 from tests import faults
 from tests.integration.conftest import Service
 from tests.integration.test_service import counted, until
-from tests.streams import Story, prompts, tell_all
+from tests.streams import Story, prompts, tell_all, tell_until
 
 NUM_STREAMS = 16
 MAX_TOKENS = 100
@@ -79,21 +81,28 @@ def test_a_killed_head_costs_no_stream_anything(
     report("a head killed", stories)
 
 
-def test_a_killed_controller_costs_no_stream_anything(
+def test_killed_controllers_cost_no_stream_anything(
     two_heads: Service, client: Client, alone: list[str]
 ) -> None:
-    (victim,) = faults.actors(two_heads.process.pid, "maestrale:Controller")
-    workers = faults.actors(two_heads.process.pid, "ExpertWorker")
-
-    def disturb() -> None:
-        faults.kill(victim)
-
-    stories = tell_all(client, prompts(NUM_STREAMS), MAX_TOKENS, disturb, after=20 * NUM_STREAMS)
-    assert [story.text for story in stories] == alone
-    report("the controller killed", stories)
-    # and its successor takes over what runs
+    """One after the other, under streams; the last's successor takes over what runs."""
+    root = two_heads.process.pid
+    workers = faults.actors(root, "ExpertWorker")
+    is_over = threading.Event()
+    with ThreadPoolExecutor(NUM_STREAMS) as pool:
+        try:
+            with faults.killing(faults.oldest(root, faults.CONTROLLER), every_s=3.0) as killed:
+                running = [
+                    pool.submit(tell_until, client, prompt, MAX_TOKENS, is_over)
+                    for prompt in prompts(NUM_STREAMS)
+                ]
+                until(lambda: len(set(killed)) == 3, "three controllers", timeout_s=60)
+        finally:
+            is_over.set()  # else the pool would wait for its streams for ever
+        stories = [each.result() for each in running]
+    assert [{story.text for story in own} for own in stories] == [{text} for text in alone]
+    report("controllers killed", [story for own in stories for story in own])
     until(
-        lambda: faults.actors(two_heads.process.pid, "maestrale:Controller") not in ([], [victim]),
+        lambda: bool(set(faults.actors(root, faults.CONTROLLER)) - set(killed)),
         "another controller",
         timeout_s=60,
     )
@@ -101,4 +110,4 @@ def test_a_killed_controller_costs_no_stream_anything(
     assert [story.text for story in again] == [
         text[: len(story.text)] for text, story in zip(alone, again, strict=False)
     ]
-    assert sorted(faults.actors(two_heads.process.pid, "ExpertWorker")) == sorted(workers)
+    assert sorted(faults.actors(root, "ExpertWorker")) == sorted(workers)

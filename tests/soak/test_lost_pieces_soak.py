@@ -5,15 +5,13 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-import psutil
 import pytest
 
-from cluster.client import Client
 from model import Mixtral
 from tests import faults
 from tests.integration.conftest import Service
 from tests.integration.test_service import counted, until
-from tests.streams import Story, percentile, prompts, tell
+from tests.streams import percentile, prompts, tell_until
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -42,24 +40,6 @@ def two_copies() -> Iterator[Service]:
     service.stop()
 
 
-def oldest(service: Service, kind: str) -> Callable[[], int | None]:
-    """Picks the actor of a class that has lived longest: the one that most depends on."""
-
-    def pick() -> int | None:
-        pids = faults.actors(service.process.pid, kind)
-        return min(pids, key=lambda pid: psutil.Process(pid).create_time(), default=None)
-
-    return pick
-
-
-def tell_until(client: Client, prompt: str, is_over: threading.Event) -> list[Story]:
-    """The same story, one stream after the other."""
-    stories = []
-    while not is_over.is_set():
-        stories.append(tell(client, prompt, MAX_TOKENS))
-    return stories
-
-
 def soak(
     service: Service,
     mixtral: Mixtral,
@@ -76,7 +56,9 @@ def soak(
     with service.client() as client, ThreadPoolExecutor(NUM_STREAMS) as pool:
         try:
             with faults.killing(pick, every_s, how) as killed:
-                running = [pool.submit(tell_until, client, prompt, is_over) for prompt in asked]
+                running = [
+                    pool.submit(tell_until, client, prompt, MAX_TOKENS, is_over) for prompt in asked
+                ]
                 time.sleep(DURATION_S)
         finally:
             is_over.set()  # else the pool would wait for its streams for ever
@@ -97,7 +79,11 @@ def soak(
 
 
 def test_a_head_of_two_is_killed_every_15_seconds(two_heads: Service, mixtral: Mixtral) -> None:
-    soak(two_heads, mixtral, oldest(two_heads, "HeadReplica"), every_s=15.0)
+    soak(two_heads, mixtral, faults.oldest(two_heads.process.pid, "HeadReplica"), every_s=15.0)
+
+
+def test_the_controller_is_killed_every_10_seconds(two_heads: Service, mixtral: Mixtral) -> None:
+    soak(two_heads, mixtral, faults.oldest(two_heads.process.pid, faults.CONTROLLER), every_s=10.0)
 
 
 @pytest.mark.parametrize("how", [faults.kill, faults.pause])
@@ -105,4 +91,4 @@ def test_a_worker_of_three_is_lost_every_30_seconds(
     two_copies: Service, mixtral: Mixtral, how: Callable[[int], None]
 ) -> None:
     """The controller kills what is paused, and starts another in its place."""
-    soak(two_copies, mixtral, oldest(two_copies, "ExpertWorker"), every_s=30.0, how=how)
+    soak(two_copies, mixtral, faults.oldest(two_copies.process.pid, "ExpertWorker"), 30.0, how)

@@ -2,13 +2,13 @@
 
 import asyncio
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ray.exceptions import ActorDiedError, RayError, RayTaskError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError, RayTaskError
 
 from cluster import actors
 from cluster.actors import MAX_MISSED_BEATS, WorkerActor
@@ -80,7 +80,7 @@ def actor(monkeypatch: pytest.MonkeyPatch) -> FakeActor:
 
 @pytest.fixture
 def worker(actor: FakeActor) -> WorkerActor:
-    return WorkerActor(ServeConfig(), "worker-0", None, "weights", "owner")
+    return WorkerActor(ServeConfig(), "worker-0", None, "weights", "owner", lambda: ["10.0.0.2:1"])
 
 
 def test_a_start_that_takes_long_holds_nobody_up(
@@ -93,7 +93,7 @@ def test_a_start_that_takes_long_holds_nobody_up(
         return actor
 
     monkeypatch.setattr(WorkerActor, "_start", start)
-    worker = WorkerActor(ServeConfig(), "worker-0", None, "weights", "owner")
+    worker = WorkerActor(ServeConfig(), "worker-0", None, "weights", "owner", tuple)
     actor.beats = [report()]
 
     async def run() -> WorkerReport | None:
@@ -121,7 +121,7 @@ def test_a_start_that_fails_is_said_and_tried_again(
 
     monkeypatch.setattr(WorkerActor, "_start", start)
     monkeypatch.setattr(actors, "FIRST_WAIT_S", 0.001)
-    worker = WorkerActor(ServeConfig(), "worker-0", None, "weights", "owner")
+    worker = WorkerActor(ServeConfig(), "worker-0", None, "weights", "owner", tuple)
     actor.beats = [report()]
 
     async def hear() -> list[WorkerReport | str | None]:
@@ -134,7 +134,11 @@ def test_a_start_that_fails_is_said_and_tried_again(
 def test_a_silent_worker_is_killed_and_another_started(
     worker: WorkerActor, actor: FakeActor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    async def is_cut_off(own_host: str, addresses: Iterable[str]) -> bool:
+        return False
+
     killed: list[FakeActor] = []
+    monkeypatch.setattr(actors, "is_cut_off", is_cut_off)
     monkeypatch.setattr(actors, "BEAT_TIMEOUT_S", 0.001)
     monkeypatch.setattr("ray.kill", killed.append)
     actor.beats = [report(), *[None] * MAX_MISSED_BEATS, ActorDiedError(), report(8)]
@@ -145,6 +149,34 @@ def test_a_silent_worker_is_killed_and_another_started(
 
     assert asyncio.run(hear()) == [7, None, 8]
     assert killed == [actor]
+
+
+@pytest.mark.parametrize("silence", [None, ActorUnavailableError("no answer", None)])
+def test_a_controller_that_is_cut_off_kills_nobody_and_hears_them_afterwards(
+    worker: WorkerActor,
+    actor: FakeActor,
+    monkeypatch: pytest.MonkeyPatch,
+    silence: Exception | None,
+) -> None:
+    """Ray's control store may be where the controller is, and would believe it."""
+    asked: list[list[str]] = []
+
+    async def is_cut_off(own_host: str, addresses: Iterable[str]) -> bool:
+        asked.append([own_host, *addresses])
+        assert worker.is_out_of_reach == (len(asked) > 1)
+        return True
+
+    monkeypatch.setattr(actors, "is_cut_off", is_cut_off)
+    monkeypatch.setattr(actors, "BEAT_TIMEOUT_S", 0.001)
+    monkeypatch.setattr("ray.kill", lambda actor: pytest.fail("killed"))
+    actor.beats = [report(), *[silence] * (MAX_MISSED_BEATS + 2), report()]
+
+    async def hear() -> list[WorkerReport | None]:
+        return [await worker.heartbeat((2, 3)) for _ in range(2)]
+
+    assert asyncio.run(hear()) == [report(), report()]
+    assert not worker.is_out_of_reach
+    assert asked == 3 * [["127.0.0.1", "10.0.0.2:1"]]
 
 
 def test_a_worker_with_other_settings_is_used_until_it_is_replaced(
