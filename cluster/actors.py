@@ -12,15 +12,13 @@ from ray.exceptions import RayActorError, RayError
 from ray.util import list_named_actors
 
 from cluster.config import ServeConfig
+from cluster.nodes import NAMESPACE
 from model.units import Unit
 
 if TYPE_CHECKING:
     from cluster.placement import Stamp, WorkerReport
 
 logger = logging.getLogger(__name__)
-
-NAMESPACE = "maestrale"
-"""Ray namespace of the expert workers."""
 
 BEAT_TIMEOUT_S = 2.0
 

@@ -18,11 +18,14 @@ from ray.serve.schema import ApplicationStatus
 
 from cluster.actors import WorkerActor, alive_workers, worker_name
 from cluster.autoscale import Decision
-from cluster.config import ServeConfig
+from cluster.config import ServeConfig, can_be_lent, checkpoint_path
 from cluster.errors import MaestraleError
 from cluster.follow import WATCH_S, HeadReport, Publisher
+from cluster.headers import read_headers
+from cluster.lenders import Lenders
 from cluster.living import Change, LivingPlacement, Sizes
 from cluster.manifest import CACHE, Manifest
+from cluster.nodes import run_where_it_is
 from cluster.placement import ClusterView, HeadInfo, HeadsWanted
 from cluster.scaling import Scaler
 from cluster.schema import Move, Rebalancing
@@ -182,7 +185,10 @@ class Controller:
         num_alive = max(await asyncio.to_thread(alive_workers, self._app_name), default=-1) + 1
         self._news.publish(replace(self._news.view, takes_over=num_alive > 0))
         try:
-            sizes, weights, manifest = await asyncio.to_thread(self._read_checkpoint)
+            sizes, weights = await asyncio.to_thread(
+                run_where_it_is, config.model, read_headers, config
+            )
+            manifest = Manifest.of(checkpoint_path(config.model), CACHE.expanduser())
             num_workers = max(config.num_workers, min(num_alive, config.most_workers))
             living = self._new_living(sizes, num_workers)
             living.proposal()()  # is there room at all?
@@ -219,6 +225,8 @@ class Controller:
             tasks.create_task(self._plan(living))
             tasks.create_task(self._balance(living))
             tasks.create_task(self._scale(living))
+            if can_be_lent(config.model):
+                tasks.create_task(Lenders(config.model, weights, config.network).keep())
             while True:
                 for index in set(range(living.num_workers)) - self._workers.keys():
                     mode = config.worker_quantization[min(index, config.num_workers - 1)]
@@ -238,28 +246,6 @@ class Controller:
         await asyncio.gather(*(worker.dismiss() for worker in workers.values()))
         await self._news.until(lambda view: not view.is_asleep)
         self._news.publish(replace(self._news.view, phase="starting expert workers", percent=0))
-
-    def _read_checkpoint(self) -> tuple[Sizes, str, Manifest]:
-        """What is to be placed, from the headers; a sample of it; what was read of it before."""
-        # torch is not wanted before a replica runs
-        from model.weights import Checkpoint, torch_dtype
-
-        config = self._config
-        folder, dtype = config.checkpoint_folder(), torch_dtype(config.dtype)
-        modes = config.worker_quantization[: config.num_workers]
-        as_held = {
-            mode: Checkpoint(folder, dtype=dtype, expert_quantization=mode) for mode in set(modes)
-        }
-        model = as_held[modes[0]].config
-        sizes = Sizes(
-            num_layers=model.num_hidden_layers,
-            num_experts=model.num_local_experts,
-            expert_bytes=tuple(as_held[mode].expert_bytes for mode in modes),
-            budgets=(config.worker_memory_bytes,) * config.num_workers,
-            num_copies=config.expert_copies,
-            num_slices=config.expert_slices,
-        )
-        return sizes, as_held[modes[0]].sample(), Manifest.of(folder, CACHE.expanduser())
 
     async def _keep(
         self, index: int, worker: WorkerActor, living: LivingPlacement, manifest: Manifest

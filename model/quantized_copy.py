@@ -75,9 +75,7 @@ class QuantizedCopy:
         self._config = config
 
     @classmethod
-    def at(
-        cls, folder: Path, config: MixtralConfig, files: WeightFolder
-    ) -> "QuantizedCopy | None":
+    def at(cls, folder: Path, config: MixtralConfig, files: WeightFolder) -> "QuantizedCopy | None":
         """The copy in this folder; None where there is none. Raises CheckpointError."""
         return cls(folder, config, files) if (folder / MARKER).exists() else None
 

@@ -18,7 +18,7 @@ from io import BufferedReader
 from math import prod
 from os import SEEK_END
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, BinaryIO, TypeGuard
 
 import torch
 from torch import Tensor
@@ -234,7 +234,7 @@ class WeightFiles:
         return self._opened[file_name]
 
 
-def _read_header(file: BufferedReader) -> dict[str, StoredTensor]:
+def _read_header(file: BinaryIO) -> dict[str, StoredTensor]:
     """The tensors of a safetensors file. Raises OSError, or ValueError saying what is wrong."""
     file_bytes = file.seek(0, SEEK_END)
     file.seek(0)

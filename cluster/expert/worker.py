@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ import torch
 from ray.util import get_node_ip_address
 
 from cluster import PROTOCOL_VERSION, rpc
-from cluster.config import checkpoint_folder
 from cluster.errors import ConfigurationError
 from cluster.expert.batcher import Batcher
 from cluster.expert.lease import Lease
 from cluster.expert.loader import Loader
 from cluster.expert.service import ExpertService
+from cluster.lenders import new_borrower
+from cluster.lending.located import locate
 from cluster.metrics import WorkerMetrics
 from cluster.network import Network, listen_host
 from cluster.placement import Stamp, WorkerReport
@@ -43,7 +45,7 @@ class WorkerSettings:
 
     name: str
     model: Path | None
-    """As in ServeConfig: each node finds, or fetches, its own folder."""
+    """As in ServeConfig: each node finds, fetches or borrows its own."""
     dtype: str | None
     expert_quantization: str | None
     device: str
@@ -77,8 +79,11 @@ class ExpertWorker:
         security = Security.load(settings.network, "worker", os.environ)
         torch.set_num_threads(settings.num_threads)
         self._settings = settings
+        borrower = partial(new_borrower, security=security, weights=settings.weights)
+        located = locate(settings.model, borrower)
         checkpoint = Checkpoint(
-            checkpoint_folder(settings.model),
+            located.folder,
+            files=located.weights,
             dtype=torch_dtype(settings.dtype),
             device=settings.device,
             expert_quantization=settings.expert_quantization,
@@ -86,7 +91,7 @@ class ExpertWorker:
         weights = checkpoint.sample()
         if weights != settings.weights:
             raise ConfigurationError(
-                f"{checkpoint.folder} holds other weights here ({weights}) than on the "
+                f"{checkpoint.files.folder.path} holds other weights here ({weights}) than on the "
                 f"controller's node ({settings.weights}): give all nodes the same files"
             )
         self._checkpoint = checkpoint

@@ -23,6 +23,8 @@ from cluster.ingress.heads import HeadPool
 from cluster.ingress.journal import Journal
 from cluster.ingress.prepare import ApiSettings
 from cluster.ingress.waking import Waker
+from cluster.lenders import new_borrower
+from cluster.lending.located import locate
 from cluster.merging import merge
 from cluster.metrics import IngressMetrics
 from cluster.placement import ClusterView
@@ -39,12 +41,16 @@ logger = logging.getLogger(__name__)
 class Ingress:
     """One ingress. Serve builds its ASGI app by `__serve_build_asgi_app__`."""
 
-    def __init__(self, config: ServeConfig, controller: Any, heads: Any) -> None:
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, config: ServeConfig, controller: Any, heads: Any
+    ) -> None:
         """controller: handle of the Controller deployment. heads: that of the HeadReplica
         deployment, which Serve only deploys because somebody holds it; requests go by gRPC, and
         only who wakes a sleeping service calls it.
         """
-        folder = config.checkpoint_folder()
+        security = Security.load(config.network, "ingress", os.environ)
+        borrower = partial(new_borrower, security=security)
+        folder = (await asyncio.to_thread(locate, config.model, borrower)).folder
         model = MixtralConfig.from_folder(folder)
         defaults = GenerationDefaults.from_folder(folder)
         logger.info(
@@ -55,7 +61,6 @@ class Ingress:
         tokenizer = Tokenizer.from_folder(folder)
         metrics = IngressMetrics()
         name = f"ingress-{serve.get_replica_context().replica_id.unique_id}"
-        security = Security.load(config.network, "ingress", os.environ)
         identity = rpc.Identity(name, rpc.fingerprint(model, config.dtype), security)
         access = Access.with_keys(
             read_api_keys(config.api_keys_file, os.environ),
