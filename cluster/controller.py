@@ -42,6 +42,9 @@ UNSETTLED_BEAT_S = 0.25
 HEAD_SILENT_AFTER_S = 6 * WATCH_S
 """A head that has not been heard of for so long is not handed out any more."""
 
+LOADING_EVERY_S = 1.0
+"""How often news of loads in progress is given to everybody, at most."""
+
 REBALANCE_EVERY_S = 30.0
 """How often it is asked whether another placement would pay."""
 
@@ -71,6 +74,7 @@ class Controller:
         self._living: LivingPlacement | None = None
         self._heads: dict[str, tuple[HeadReport, float]] = {}
         self._scaler = Scaler(knows_heads_at=0.0)
+        self._told_loading_at = 0.0
         self._news = Publisher(
             ClusterView(
                 version=1,
@@ -375,6 +379,11 @@ class Controller:
         if living is None:
             return  # nothing is planned yet, or nothing can be
         phase, percent = living.progress(has_head=bool(ready))
+        loading = living.loading
+        if loading and now - self._told_loading_at < LOADING_EVERY_S:
+            loading = self._news.view.loading
+        else:
+            self._told_loading_at = now
         self._news.publish(
             replace(
                 self._news.view,
@@ -382,5 +391,6 @@ class Controller:
                 percent=percent,
                 error=errors[0] if errors else None,
                 heads=ready,
+                loading=loading,
             )
         )

@@ -32,7 +32,7 @@ from cluster.security import Security
 from model.experts import ExpertWeights
 from model.tensor_files import digested
 from model.units import Unit
-from model.weights import Checkpoint, torch_dtype
+from model.weights import Checkpoint, OnBytes, torch_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -96,9 +96,16 @@ class ExpertWorker:
             )
         self._checkpoint = checkpoint
         held: dict[Unit, ExpertWeights] = {}
-        self._loader = Loader(self._load, held, checkpoint.files_of)
-        self._node = ray.get_runtime_context().get_node_id()
+        self._borrows = located.weights is not None
         self._metrics = metrics = WorkerMetrics()
+        self._loader = Loader(
+            self._load,
+            held,
+            checkpoint.files_of,
+            lambda unit: checkpoint.expert_bytes // unit.num_slices,
+            partial(metrics.observe_load, "lender" if self._borrows else "disk"),
+        )
+        self._node = ray.get_runtime_context().get_node_id()
         self._identity = rpc.Identity(
             settings.name,
             rpc.fingerprint(checkpoint.config, settings.dtype, weights),
@@ -160,6 +167,8 @@ class ExpertWorker:
             error=self._loader.error,
             settings=repr(self._settings),
             serves=self._settings.serves,
+            loading=self._loader.progress,
+            borrows=self._borrows,
         )
 
     def release(self, owner: str) -> None:
@@ -169,9 +178,9 @@ class ExpertWorker:
             self._service.end(self._server, STOP_GRACE_S)
             ray.actor.exit_actor()
 
-    def _load(self, unit: Unit) -> tuple[ExpertWeights, str]:
+    def _load(self, unit: Unit, on_bytes: OnBytes) -> tuple[ExpertWeights, str]:
         with digested() as digest:
-            weights = self._checkpoint.load_unit(unit)
+            weights = self._checkpoint.load_unit(unit, on_bytes)
         return weights, digest.hexdigest()
 
     def _end_broken(self) -> None:

@@ -28,7 +28,7 @@ from cluster.lending.located import locate
 from cluster.merging import merge
 from cluster.metrics import IngressMetrics
 from cluster.placement import ClusterView
-from cluster.schema import Readiness, WorkerStatus
+from cluster.schema import LoadStatus, Readiness, WorkerStatus
 from cluster.security import Security
 from model.chat import ChatFormat
 from model.config import MixtralConfig
@@ -229,6 +229,17 @@ class Cluster:
             ]
             if placement
             else [],
+            loading=[
+                LoadStatus(
+                    worker=load.worker,
+                    source="lender" if load.borrows else "disk",
+                    loaded_bytes=load.progress.done_bytes,
+                    total_bytes=load.progress.total_bytes,
+                    bytes_per_s=load.progress.bytes_per_s,
+                    left_s=load.progress.left_s,
+                )
+                for load in view.loading
+            ],
         )
 
     async def settled(self) -> Readiness:
