@@ -116,6 +116,7 @@ class Lenders:
         answers = await asyncio.to_thread(which_have, self._model, unknown) if unknown else {}
         known = self._has_folder | answers
         self._has_folder = {node: has for node, has in known.items() if node in nodes}
+        self._lenders = {node: each for node, each in self._lenders.items() if node in nodes}
         if all(self._has_folder.values()):
             return
         now = time.monotonic()
@@ -130,11 +131,7 @@ class Lenders:
         """A lender on that node; one that does not answer is replaced, in a while."""
         is_new = node not in self._lenders
         if is_new:
-            options = on_node(node) | {
-                "name": _PREFIX + secrets.token_hex(8),
-                "namespace": NAMESPACE,
-            }
-            self._lenders[node] = ray.remote(Lender).options(**options).remote(*self._arguments)
+            self._lenders[node] = self._start(node)
         try:
             call = self._lenders[node].info.remote()
             await asyncio.wait_for(call, START_TIMEOUT_S if is_new else ANSWER_TIMEOUT_S)
@@ -142,6 +139,11 @@ class Lenders:
             logger.warning("the lender on node %s is lost: %s", node, error)
             ray.kill(self._lenders.pop(node))
             self._rests_until[node] = time.monotonic() + REST_S
+
+    def _start(self, node: str) -> Any:
+        """A handle of a new lender."""
+        options = on_node(node) | {"name": _PREFIX + secrets.token_hex(8), "namespace": NAMESPACE}
+        return ray.remote(Lender).options(**options).remote(*self._arguments)
 
 
 def new_borrower(model: Path, security: Security, weights: str | None = None) -> Borrower:
