@@ -4,7 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-PROTOS := protos/peer.proto protos/expert.proto protos/head.proto protos/maestrale.proto
+PROTOS := protos/peer.proto protos/expert.proto protos/head.proto protos/lender.proto \
+	protos/maestrale.proto
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c

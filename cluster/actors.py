@@ -13,6 +13,7 @@ from ray.util import get_node_ip_address, list_named_actors
 
 from cluster.config import ServeConfig
 from cluster.network import listen_host
+from cluster.nodes import NAMESPACE
 from cluster.reach import is_cut_off
 from model.units import Unit
 
@@ -20,9 +21,6 @@ if TYPE_CHECKING:
     from cluster.placement import Stamp, WorkerReport
 
 logger = logging.getLogger(__name__)
-
-NAMESPACE = "maestrale"
-"""Ray namespace of the expert workers."""
 
 BEAT_TIMEOUT_S = 2.0
 

@@ -22,15 +22,16 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, HTTPOptions, 
 from ray.serve.schema import ApplicationStatus
 
 from cluster import rpc
-from cluster.actors import NAMESPACE, alive_workers, worker_name
+from cluster.actors import alive_workers, worker_name
 from cluster.client import Client
-from cluster.config import ServeConfig
+from cluster.config import ServeConfig, lacks_folder
 from cluster.context import context_of
 from cluster.controller import Controller
 from cluster.errors import APIError, ConfigurationError, StartError
 from cluster.follow import as_heads_were_told
 from cluster.ingress.auth import KEYS_VARIABLE, read_api_keys
 from cluster.network import is_loopback
+from cluster.nodes import NAMESPACE, run_where_it_is
 from model.config import MixtralConfig
 from model.tokenizer import Tokenizer
 
@@ -64,7 +65,7 @@ def build(config: ServeConfig) -> serve.Application:
 
     Raises ConfigurationError, ConfigError or TokenizerError for a checkpoint that cannot be served.
     """
-    check_checkpoint(config)
+    run_where_it_is(config.model, check_checkpoint, config)
     # torch is only wanted in the replicas
     from cluster.head.replica import HeadReplica
     from cluster.ingress.deployment import Ingress
@@ -173,7 +174,8 @@ def running(
     on_phase: called with every news of the start.
     Raises ConfigurationError or ModelError before anything is started, StartError after.
     """
-    check_checkpoint(config)
+    if address is None or not lacks_folder(config.model):  # else `build` asks other nodes
+        check_checkpoint(config)
     keys = check_access(config, host)
     port = free_port(host) if port == 0 else port
     check_port(host, port, "--port")

@@ -33,9 +33,9 @@ _CLOCKS_DIFFER = timedelta(hours=1)
 _USAGES = {
     "ingress": [ExtendedKeyUsageOID.CLIENT_AUTH],
     "head": [ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH],
-    "worker": [ExtendedKeyUsageOID.SERVER_AUTH],
+    "worker": [ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH],
 }
-"""Who calls whom: an ingress answers no process, a worker calls none."""
+"""Who calls whom: an ingress answers no process; a worker calls lenders."""
 
 
 @dataclass(frozen=True)

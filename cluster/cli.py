@@ -20,6 +20,7 @@ from cluster.console import (
     print_certificates,
     print_inspection,
     print_rebalancing,
+    print_status,
 )
 from cluster.errors import ConfigurationError, MaestraleError
 from cluster.extras import need_server_extra
@@ -145,6 +146,19 @@ def quantize(
         BytesLine(f"writing {target}", total).add,
         attention_mode=attention_weights,
     )
+
+
+@app.command()
+def status(
+    url: Annotated[
+        str | None, typer.Option(help="Server to ask; MAESTRALE_BASE_URL if left out.")
+    ] = None,
+) -> None:
+    """Show how far a service is, which worker holds how much, and what is being loaded."""
+    from cluster.client import Client
+
+    with Client(url) as client:
+        print_status(client.cluster.status())
 
 
 @app.command()

@@ -8,14 +8,14 @@ environment.
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeGuard
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
 
 from cluster.network import THE_NODES_OWN, Network, is_loopback
 from cluster.schema import MAX_DRAFTS
 from model import TINY
-from model.hub import resolve
+from model.hub import is_hub_id, resolve
 
 MIB = 2**20
 GIB = 2**30
@@ -33,6 +33,21 @@ def no_such_setting(name: str, known: Iterable[str]) -> str:
 def checkpoint_folder(model: Path | None) -> Path:
     """The folder to load from, on this node. Raises CheckpointError when there is no such model."""
     return TINY if model is None else resolve(model).absolute()
+
+
+def can_be_lent(model: Path | None) -> TypeGuard[Path]:
+    """Whether it is named by a path, which some nodes may lack and others have."""
+    return model is not None and not is_hub_id(model)
+
+
+def lacks_folder(model: Path | None) -> TypeGuard[Path]:
+    """Whether this node has no folder of this path, and others may."""
+    return can_be_lent(model) and not model.expanduser().is_dir()
+
+
+def checkpoint_path(model: Path | None) -> Path:
+    """Where a model's folder is on this node, or would be. Raises CheckpointError."""
+    return model.expanduser().absolute() if lacks_folder(model) else checkpoint_folder(model)
 
 
 LIVE = (
@@ -56,8 +71,8 @@ class ServeConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     model: Path | None = None
-    """Checkpoint folder, reachable by this path on every node, or a Hugging Face Hub id, which
-    every node fetches into its cache. None: the embedded tiny model."""
+    """Checkpoint folder, or a Hugging Face Hub id, which every node fetches into its cache. A node
+    that has no folder of this path reads it from one that has. None: the embedded tiny model."""
     served_model_name: str | None = Field(default=None, min_length=1)
     """Model id that requests name. None: the checkpoint folder's name."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None

@@ -118,6 +118,23 @@ class ProgressLines:
         console.print(Text.assemble((elapsed, "dim"), f"  {text}"))
 
 
+def print_status(readiness: Readiness) -> None:
+    """How far a service is, who holds what, and what is being loaded."""
+    state = "ready" if readiness.ready else f"{readiness.phase}, {readiness.percent} %"
+    console.print(
+        f"{state}; {readiness.heads_ready} of {readiness.heads_expected} heads, "
+        f"{len(readiness.workers)} workers"
+    )
+    for line in filter(None, (readiness.error, readiness.scaling)):
+        console.print(line)
+    if readiness.workers:
+        print_placement(readiness)
+    for load in readiness.loading:
+        elapsed_s = load.loaded_bytes / load.bytes_per_s if load.bytes_per_s else 0.0
+        progress = Progress(load.total_bytes, load.loaded_bytes, elapsed_s)
+        console.print(f"{load.worker} loads from {load.source}: {progress}")
+
+
 def print_placement(readiness: Readiness) -> None:
     table = Table(title=f"Placement, epoch {readiness.epoch}", title_justify="left")
     for heading in ("worker", "address", "experts", "MiB"):

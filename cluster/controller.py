@@ -18,12 +18,14 @@ from ray.serve.schema import ApplicationStatus
 
 from cluster.actors import WorkerActor, alive_workers, worker_name
 from cluster.autoscale import Decision
-from cluster.checkpoint import read_checkpoint
-from cluster.config import ServeConfig
+from cluster.config import ServeConfig, can_be_lent, checkpoint_path
 from cluster.errors import MaestraleError
 from cluster.follow import WATCH_S, HeadReport, Publisher
+from cluster.headers import read_headers
+from cluster.lenders import Lenders
 from cluster.living import Change, LivingPlacement, Sizes
-from cluster.manifest import Manifest
+from cluster.manifest import CACHE, Manifest
+from cluster.nodes import run_where_it_is
 from cluster.placement import ClusterView, HeadInfo, HeadsWanted
 from cluster.scaling import Scaler
 from cluster.schema import Move, Rebalancing
@@ -39,6 +41,9 @@ UNSETTLED_BEAT_S = 0.25
 
 HEAD_SILENT_AFTER_S = 6 * WATCH_S
 """A head that has not been heard of for so long is not handed out any more."""
+
+LOADING_EVERY_S = 1.0
+"""How often news of loads in progress is given to everybody, at most."""
 
 REBALANCE_EVERY_S = 30.0
 """How often it is asked whether another placement would pay."""
@@ -69,6 +74,7 @@ class Controller:
         self._living: LivingPlacement | None = None
         self._heads: dict[str, tuple[HeadReport, float]] = {}
         self._scaler = Scaler(knows_heads_at=0.0)
+        self._told_loading_at = 0.0
         self._news = Publisher(
             ClusterView(
                 version=1,
@@ -183,7 +189,10 @@ class Controller:
         num_alive = max(await asyncio.to_thread(alive_workers, self._app_name), default=-1) + 1
         self._news.publish(replace(self._news.view, takes_over=num_alive > 0))
         try:
-            sizes, weights, manifest = await asyncio.to_thread(read_checkpoint, config)
+            sizes, weights = await asyncio.to_thread(
+                run_where_it_is, config.model, read_headers, config
+            )
+            manifest = Manifest.of(checkpoint_path(config.model), CACHE.expanduser())
             num_workers = max(config.num_workers, min(num_alive, config.most_workers))
             living = self._new_living(sizes, num_workers)
             living.proposal()()  # is there room at all?
@@ -220,6 +229,8 @@ class Controller:
             tasks.create_task(self._plan(living))
             tasks.create_task(self._balance(living))
             tasks.create_task(self._scale(living))
+            if can_be_lent(config.model):
+                tasks.create_task(Lenders(config.model, weights, config.network).keep())
             while True:
                 for index in set(range(living.num_workers)) - self._workers.keys():
                     mode = config.worker_quantization[min(index, config.num_workers - 1)]
@@ -372,6 +383,11 @@ class Controller:
         if living is None:
             return  # nothing is planned yet, or nothing can be
         phase, percent = living.progress(has_head=bool(ready))
+        loading = living.loading
+        if loading and now - self._told_loading_at < LOADING_EVERY_S:
+            loading = self._news.view.loading
+        else:
+            self._told_loading_at = now
         self._news.publish(
             replace(
                 self._news.view,
@@ -379,5 +395,6 @@ class Controller:
                 percent=percent,
                 error=errors[0] if errors else None,
                 heads=ready,
+                loading=loading,
             )
         )

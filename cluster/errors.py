@@ -10,6 +10,8 @@
     ├── ExpertsUnavailableError   an expert worker did not answer, answered wrongly or is gone
     │   └── CallRefusedError      ... or cannot take a call now, and is well otherwise
     ├── ExpertFailedError         an expert worker, and any other asked, failed to compute a call
+    ├── LenderError               another node did not give what was asked of a checkpoint's files
+    ├── FilesUnavailableError     a checkpoint is not on this node, and none could give it
     ├── BenchError                what a benchmark measures failed, so there is no number
     ├── HeadUnavailableError      no head replica can take or finish a request
     │   ├── HeadLostError         the stream to the head broke, or fell silent
@@ -74,6 +76,16 @@ class CallRefusedError(ExpertsUnavailableError):
 
 class ExpertFailedError(MaestraleError):
     """An expert worker failed to compute a call. Another copy is asked once, if there is one."""
+
+
+class LenderError(MaestraleError):
+    """A lender did not give what it was asked for. Another may."""
+
+
+class FilesUnavailableError(MaestraleError, OSError):
+    """A checkpoint is not on this node, and no other could give its files. An OSError, since it is
+    raised where files are read.
+    """
 
 
 class BenchError(MaestraleError):

@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 _TOKEN_KEY = "maestrale-token"
 _METRICS = "Metrics"
+_LENDER = "/maestrale.lender.v1.Lender/"
+"""Who lacks the files of the model may be anybody."""
 
 Deserializer = Callable[[bytes], Any]
 
@@ -86,7 +88,8 @@ class Guard(grpc.ServerInterceptor):  # type: ignore[misc]
 
     def _check_role(self, own: Role, method: str, context: grpc.ServicerContext) -> None:
         """Abort the call unless the peer's certificate lets it call this method here."""
-        wanted = ROLES if method.endswith(f"/{_METRICS}") else (CALLERS[own],)
+        is_for_all = method.endswith(f"/{_METRICS}") or method.startswith(_LENDER)
+        wanted = ROLES if is_for_all else (CALLERS[own],)
         names = context.auth_context().get("x509_subject_alternative_name", [])
         shown = [name.decode("utf-8", errors="replace") for name in names]
         if not {identity_of(role) for role in wanted} & set(shown):
@@ -191,6 +194,7 @@ class _Handshakes:
 
 class WithToken(
     grpc.UnaryUnaryClientInterceptor,  # type: ignore[misc]
+    grpc.UnaryStreamClientInterceptor,  # type: ignore[misc]
     grpc.StreamStreamClientInterceptor,  # type: ignore[misc]
 ):
     """Shows the token with each call of a blocking channel."""
@@ -199,6 +203,9 @@ class WithToken(
         self._token = token
 
     def intercept_unary_unary(self, continuation: Any, details: Any, request: Any) -> Any:
+        return continuation(_with_token(details, self._token), request)
+
+    def intercept_unary_stream(self, continuation: Any, details: Any, request: Any) -> Any:
         return continuation(_with_token(details, self._token), request)
 
     def intercept_stream_stream(self, continuation: Any, details: Any, requests: Any) -> Any:

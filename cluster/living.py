@@ -12,6 +12,7 @@ from functools import cached_property
 
 from cluster.load import LoadTracker
 from cluster.placement import (
+    Loading,
     Placement,
     Stamp,
     Table,
@@ -239,6 +240,15 @@ class LivingPlacement:
         if num_missing := self._published.placement.num_missing:
             return f"reloading {num_missing} experts that nobody holds", 90
         return ("ready", 100) if has_head else ("starting head replicas", 90)
+
+    @property
+    def loading(self) -> tuple[Loading, ...]:
+        """How far the workers have come that load something."""
+        return tuple(
+            Loading(self._name_of(worker), report.loading, report.borrows)
+            for worker, report in enumerate(self._reports)
+            if report is not None and report.loading is not None
+        )
 
     @property
     def is_settled(self) -> bool:

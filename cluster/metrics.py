@@ -201,6 +201,22 @@ class WorkerMetrics(ServerMetrics):
             "Time that calls waited for their computation to begin, all together",
             registry=self.registry,
         )
+        self._loaded = Counter(
+            "maestrale_expert_loaded_bytes",
+            "Bytes of experts loaded, by where they were read",
+            ["source"],
+            registry=self.registry,
+        )
+        self._to_load = Gauge(
+            "maestrale_expert_to_load_bytes",
+            "Bytes of experts that are still to be loaded",
+            registry=self.registry,
+        )
+
+    def observe_load(self, source: str, num_bytes: int, left_bytes: int) -> None:
+        """Bytes of experts have arrived, and so many are still to come. source: disk or lender."""
+        self._loaded.labels(source).inc(num_bytes)
+        self._to_load.set(left_bytes)
 
     def observe_pass(
         self, counts: Iterable[tuple[Unit, int]], seconds: float, queued_s: Sequence[float]

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cluster.signals import WorkerTotals
+from model.progress import Progress
 from model.units import Unit
 
 Copy = tuple[int, ...]
@@ -47,6 +48,8 @@ class WorkerReport:
     totals:    what it has done since its start.
     settings:  what it was started with, in words that differ where it does.
     serves:    the part of it that heads must agree on to use it, likewise.
+    loading:   how far it has come with what it is loading, if it is.
+    borrows:   whether it reads from other nodes, since its own lacks the checkpoint's folder.
     """
 
     address: str
@@ -60,6 +63,8 @@ class WorkerReport:
     totals: WorkerTotals = field(default_factory=WorkerTotals)
     settings: str = ""
     serves: str = ""
+    loading: Progress | None = None
+    borrows: bool = False
 
 
 @dataclass(frozen=True)
@@ -166,6 +171,15 @@ def renumbered(table: Table, number: Mapping[int, int]) -> Table:
 
 
 @dataclass(frozen=True)
+class Loading:
+    """How far a worker has come with what it is loading. borrows: see WorkerReport."""
+
+    worker: str
+    progress: Progress
+    borrows: bool
+
+
+@dataclass(frozen=True)
 class HeadInfo:
     """A head replica that takes requests."""
 
@@ -193,6 +207,7 @@ class ClusterView:
     takes_over: whether workers were alive when the controller began, so that it is ready in a
              moment; None until it has looked.
     is_asleep: heads and workers are let go until a request asks for them.
+    loading: of the workers that load, as of a second ago.
     """
 
     version: int
@@ -206,6 +221,7 @@ class ClusterView:
     scaling: str | None = None
     takes_over: bool | None = None
     is_asleep: bool = False
+    loading: tuple[Loading, ...] = ()
 
     @property
     def is_ready(self) -> bool:

@@ -4,6 +4,7 @@ Knows which files of a repository are read; reads none of them. No torch.
 """
 
 import re
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from model.errors import CheckpointError
@@ -20,14 +21,34 @@ _SMALL_FILES = (
     "chat_template.jinja",
     "additional_chat_templates/tool_use.jinja",
     "*.safetensors.index.json",
+    "quantization.json",  # of a quantised copy (`quantized_copy`)
 )
 
-_QUANTIZED = ("quantization.json", "experts-*.safetensors", "attention-*.safetensors")
-"""What a quantised copy (`quantized_copy`) holds beside its dense tensors; others have no such
-files."""
+_QUANTIZED = ("experts-*.safetensors", "attention-*.safetensors")
+"""What a quantised copy holds beside its dense tensors; others have no such files."""
 
 _WEIGHTS = ("model*.safetensors", "consolidated*.safetensors", "consolidated*.pt")
 """The forms in which a repository may hold its weights; the first that is there is taken."""
+
+
+def is_hub_id(model: str | Path) -> bool:
+    """Whether it has the form of an id on the Hub, which a relative path may have as well."""
+    return _HUB_ID.fullmatch(str(model)) is not None
+
+
+def is_small_file(name: str) -> bool:
+    """Whether a file of a checkpoint, by its name within the folder, is read whole by everybody."""
+    return _is_one_of(name, _SMALL_FILES)
+
+
+def is_weight_file(name: str) -> bool:
+    """Whether a file of a checkpoint, by its name within the folder, holds tensors."""
+    return _is_one_of(name, (*_QUANTIZED, *_WEIGHTS))
+
+
+def _is_one_of(name: str, patterns: tuple[str, ...]) -> bool:
+    is_plain = "/" not in name and name not in ("", ".", "..")
+    return name in patterns or (is_plain and any(fnmatchcase(name, each) for each in patterns))
 
 
 def resolve(model: str | Path) -> Path:
@@ -41,7 +62,7 @@ def resolve(model: str | Path) -> Path:
     if folder.is_dir():
         return folder
     hub_id = str(model)
-    if not _HUB_ID.fullmatch(hub_id):
+    if not is_hub_id(hub_id):
         raise CheckpointError(
             f"model {hub_id!r} is neither a folder nor a Hugging Face Hub id (organisation/name)"
         )

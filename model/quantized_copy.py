@@ -40,6 +40,7 @@ from model.quantize import (
 )
 from model.tensor_files import SafetensorsFile
 from model.units import Unit
+from model.weight_folder import WeightFolder
 
 if TYPE_CHECKING:
     from model.weights import Checkpoint
@@ -64,29 +65,31 @@ _Shapes = dict[str, tuple[int, int]]
 class QuantizedCopy:
     """What a quantised copy holds in fewer bits, opened for reading. Not thread-safe."""
 
-    def __init__(self, folder: Path, config: MixtralConfig) -> None:
-        """Raises CheckpointError when the marker is not one that this version can read."""
+    def __init__(self, folder: Path, config: MixtralConfig, files: WeightFolder) -> None:
+        """folder: with the marker. files: with the weights.
+
+        Raises CheckpointError when the marker is not one that this version can read.
+        """
         self.expert_mode, self.attention_mode = _read_marker(folder / MARKER)
-        self._folder = folder
+        self._files = files
         self._config = config
 
     @classmethod
-    def at(cls, folder: Path, config: MixtralConfig) -> "QuantizedCopy | None":
+    def at(cls, folder: Path, config: MixtralConfig, files: WeightFolder) -> "QuantizedCopy | None":
         """The copy in this folder; None where there is none. Raises CheckpointError."""
-        return cls(folder, config) if (folder / MARKER).exists() else None
+        return cls(folder, config, files) if (folder / MARKER).exists() else None
 
     @property
-    def files(self) -> set[Path]:
-        """Of all that is held in fewer bits."""
+    def names(self) -> set[str]:
+        """The files of all that is held in fewer bits."""
         found = {self.file_of(unit) for unit in self._config.expert_units}
         if self.attention_mode is not None:
-            layers = range(self._config.num_hidden_layers)
-            found |= {self._folder / _attention_file(layer) for layer in layers}
+            found |= set(map(_attention_file, range(self._config.num_hidden_layers)))
         return found
 
-    def file_of(self, unit: Unit) -> Path:
+    def file_of(self, unit: Unit) -> str:
         """The file that a unit is read from."""
-        return self._folder / _expert_file(unit.layer, unit.expert_id)
+        return _expert_file(unit.layer, unit.expert_id)
 
     def load_unit(self, unit: Unit, *, dtype: torch.dtype, device: torch.device) -> ExpertWeights:
         """One expert of one layer, or a slice of it, for rows of that dtype.
@@ -94,9 +97,8 @@ class QuantizedCopy:
         Raises CheckpointError naming file and part; QuantizationError without the mode's library,
         or where groups of weights do not end where the slice does.
         """
-        path = self.file_of(unit)
         mode, shapes = self.expert_mode, _expert_shapes(self._config)
-        parts = _load_parts(path, mode, shapes)
+        parts = _load_parts(self._files, self.file_of(unit), mode, shapes)
         if unit.num_slices > 1:
             begin, end = unit.bounds(self._config.intermediate_size)
             gate, up = (
@@ -118,9 +120,8 @@ class QuantizedCopy:
         Raises CheckpointError naming file and part; QuantizationError without the mode's library.
         """
         assert self.attention_mode is not None, "this copy's attention is dense"
-        file = self._folder / _attention_file(layer)
         shapes = _attention_shapes(self._config)
-        parts = _load_parts(file, self.attention_mode, shapes)
+        parts = _load_parts(self._files, _attention_file(layer), self.attention_mode, shapes)
         loaded = _matrices(parts, self.attention_mode, shapes, dtype=dtype, device=device)
         return loaded["wqkv"], loaded["wo"]
 
@@ -227,9 +228,12 @@ def _matrices(
     }
 
 
-def _load_parts(path: Path, mode: str, shapes: _Shapes) -> dict[str, dict[str, Tensor]]:
+def _load_parts(
+    files: WeightFolder, name: str, mode: str, shapes: _Shapes
+) -> dict[str, dict[str, Tensor]]:
     """The parts of all matrices of a file that `_write_parts` wrote."""
-    file = SafetensorsFile(path)
+    path = files.path / name
+    file = SafetensorsFile(path, files)
     known = {f"{name}.{part}" for name in shapes for part in part_specs(mode, shapes[name])}
     if file.tensors.keys() != known:
         raise CheckpointError(f"{path} holds {sorted(file.tensors)}, {mode} has {sorted(known)}")

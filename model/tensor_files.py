@@ -5,6 +5,7 @@ map the whole file writable, which Linux refuses for a file larger than memory a
 worker wants a small part of it (seen with 200 GB on a machine of 24 GB).
 """
 
+import fnmatch
 import hashlib
 import json
 import struct
@@ -13,15 +14,17 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from io import BufferedReader
 from math import prod
 from os import SEEK_END
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, BinaryIO, TypeGuard
 
 import torch
 from torch import Tensor
 
 from model.errors import CheckpointError
+from model.weight_folder import LocalFolder, WeightFolder
 
 _MAX_HEADER_BYTES = 100_000_000  # the format's own bound
 
@@ -61,12 +64,16 @@ class StoredTensor:
 class SafetensorsFile:
     """One safetensors file; only its header is kept."""
 
-    def __init__(self, path: Path) -> None:
-        """Raises CheckpointError when the header is damaged or the file is cut."""
+    def __init__(self, path: Path, folder: WeightFolder | None = None) -> None:
+        """folder: what opens the file by its name; None for the path's own.
+
+        Raises CheckpointError when the header is damaged or the file is cut.
+        """
         self.path = path
+        self._folder = folder or LocalFolder(path.parent)
         try:
-            with path.open("rb") as file:
-                self.tensors: Mapping[str, StoredTensor] = _read_header(file, path.stat().st_size)
+            with BufferedReader(self._folder.open(path.name)) as file:
+                self.tensors: Mapping[str, StoredTensor] = _read_header(file)
         except FileNotFoundError as error:
             raise CheckpointError(f"{path} does not exist") from error
         except (OSError, ValueError, RecursionError) as error:
@@ -81,7 +88,7 @@ class SafetensorsFile:
         rows = out.view(1, -1) if row_stride is None else out
         row_begin = self.tensors[name].begin + offset * out.itemsize
         try:
-            with self.path.open("rb", buffering=0) as file:
+            with self._folder.open(self.path.name) as file:
                 for row in rows.view(torch.uint8).numpy():
                     file.seek(row_begin)
                     row_begin += (row_stride or 0) * out.itemsize
@@ -154,32 +161,32 @@ def _count_in(values: memoryview) -> None:
         digest.update(values)
 
 
-def sampled(files: Collection[Path]) -> str:
+def sampled(folder: WeightFolder, names: Collection[str]) -> str:
     """A digest of names, sizes and samples of these files: the same wherever their bytes are. It
     tells other content apart; single damaged bytes it does not see.
 
     Raises CheckpointError for a file that cannot be read.
     """
     digest = hashlib.sha256()
-    num_samples = max(2, _NUM_SAMPLES // max(1, len(files)))
-    for path in sorted(files):
+    num_samples = max(2, _NUM_SAMPLES // max(1, len(names)))
+    for name in sorted(names):
         try:
-            with path.open("rb", buffering=0) as file:
+            with folder.open(name) as file:
                 num_bytes = file.seek(0, SEEK_END)
-                digest.update(f"{path.name} {num_bytes}\n".encode())
+                digest.update(f"{name} {num_bytes}\n".encode())
                 last_begin = max(0, num_bytes - _SAMPLE_BYTES)
                 for number in range(num_samples):
                     file.seek(last_begin * number // (num_samples - 1))
                     digest.update(file.read(_SAMPLE_BYTES))
         except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from error
+            raise CheckpointError(f"{folder.path / name} cannot be read: {error}") from error
     return digest.hexdigest()[:16]
 
 
 class WeightFiles:
     """The weight files of a checkpoint folder, opened when first needed."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: WeightFolder) -> None:
         """Find the files: Hugging Face's, else Mistral's, safetensors before `.pt`.
 
         Raises CheckpointError when there are none, or their index or first header is damaged.
@@ -187,39 +194,50 @@ class WeightFiles:
         self.folder = folder
         self.is_mistrals = False
         self._opened: dict[str, WeightFile] = {}
+        try:
+            names = sorted(folder.names())
+        except OSError as error:
+            raise CheckpointError(f"{folder.path} cannot be read: {error}") from error
         for stem in ("model", "consolidated"):
             self.is_mistrals = stem == "consolidated"
-            index_file = folder / f"{stem}.safetensors.index.json"
-            if index_file.is_file():
-                self.file_of: Mapping[str, str] = _read_index(index_file)
+            index_file, single_file = f"{stem}.safetensors.index.json", f"{stem}.safetensors"
+            if index_file in names:
+                self.file_of: Mapping[str, str] = _read_index(folder, index_file)
                 return
-            single_file = folder / f"{stem}.safetensors"
-            if single_file.is_file():
-                self.file_of = dict.fromkeys(self.open(single_file.name).tensors, single_file.name)
+            if single_file in names:
+                self.file_of = dict.fromkeys(self.open(single_file).tensors, single_file)
                 return
-        released = sorted(folder.glob("consolidated*.safetensors"))
-        released = released or sorted(folder.glob("consolidated*.pt"))
+        released = fnmatch.filter(names, "consolidated*.safetensors")
+        released = released or fnmatch.filter(names, "consolidated*.pt")
         if not released:
             raise CheckpointError(
-                f"{folder} holds no weights: neither model.safetensors, nor "
+                f"{folder.path} holds no weights: neither model.safetensors, nor "
                 "model.safetensors.index.json, nor consolidated*.safetensors, nor consolidated*.pt"
             )
         # a later file wins, as in Mistral's own loader
-        self.file_of = {
-            name: path.name for path in released for name in self.open(path.name).tensors
-        }
+        self.file_of = {tensor: name for name in released for tensor in self.open(name).tensors}
+
+    def path(self, file_name: str) -> Path:
+        """Of a file, for messages."""
+        return self.folder.path / file_name
 
     def open(self, file_name: str) -> WeightFile:
         """The file of that name. Raises CheckpointError when it is missing or damaged."""
         if file_name not in self._opened:
-            path = self.folder / file_name
-            opened = PickleFile(path) if path.suffix == ".pt" else SafetensorsFile(path)
-            self._opened[file_name] = opened
+            path = self.path(file_name)
+            if path.suffix != ".pt":
+                self._opened[file_name] = SafetensorsFile(path, self.folder)
+            elif isinstance(self.folder, LocalFolder):
+                self._opened[file_name] = PickleFile(path)
+            else:
+                raise CheckpointError(f"{path} is no safetensors file, so it must lie on this node")
         return self._opened[file_name]
 
 
-def _read_header(file: Any, file_bytes: int) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file. Raises ValueError saying what is wrong."""
+def _read_header(file: BinaryIO) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file. Raises OSError, or ValueError saying what is wrong."""
+    file_bytes = file.seek(0, SEEK_END)
+    file.seek(0)
     length_field = file.read(8)
     if len(length_field) < 8:
         raise ValueError(f"the file has only {len(length_field)} bytes")
@@ -310,13 +328,15 @@ def _is_plain(tensor: Any) -> bool:
     )
 
 
-def _read_index(index_file: Path) -> dict[str, str]:
+def _read_index(folder: WeightFolder, name: str) -> dict[str, str]:
     """Which file holds which tensor."""
     try:
-        weight_map = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
+        with BufferedReader(folder.open(name)) as file:
+            weight_map = json.loads(file.read())["weight_map"]
         return {str(name): _plain_name(file) for name, file in weight_map.items()}
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{index_file} is not an index of shards: {error!r}") from error
+        reason = f"is not an index of shards: {error!r}"
+        raise CheckpointError(f"{folder.path / name} {reason}") from error
 
 
 def _plain_name(file_name: str) -> str:

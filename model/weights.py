@@ -22,6 +22,7 @@ from model.quantize import cut, matrix, quantize, quantized, require
 from model.quantized_copy import QuantizedCopy, attention_bytes, expert_bytes
 from model.tensor_files import StoredTensor, WeightFile, WeightFiles, sampled
 from model.units import Unit
+from model.weight_folder import LocalFolder, WeightFolder
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # fp8 needs scales
 
@@ -75,12 +76,14 @@ class Checkpoint:
         self,
         folder: Path,
         *,
+        files: WeightFolder | None = None,
         dtype: torch.dtype | None = None,
         device: str | torch.device = "cpu",
         expert_quantization: str | None = None,
         attention_quantization: str | None = None,
     ) -> None:
-        """dtype: what to convert to; None keeps the configuration's.
+        """files: where the weights are, if not in the folder like all else.
+        dtype: what to convert to; None keeps the configuration's.
         expert_quantization, attention_quantization: in which of `quantize.MODES` to hold experts,
             and q, k, v and o of attention; None for a quantised copy's own, and none for any other.
 
@@ -91,7 +94,8 @@ class Checkpoint:
         self.config = MixtralConfig.from_folder(folder)
         self.dtype = dtype or getattr(torch, self.config.dtype)
         self.device = torch.device(device)
-        self._copy = QuantizedCopy.at(folder, self.config)
+        files = files or LocalFolder(folder)
+        self._copy = QuantizedCopy.at(folder, self.config, files)
         held = (self._copy.expert_mode, self._copy.attention_mode) if self._copy else (None, None)
         self.expert_quantization = _agreed_mode(
             expert_quantization, held[0], f"{folder} holds its experts"
@@ -99,13 +103,13 @@ class Checkpoint:
         self.attention_quantization = _agreed_mode(
             attention_quantization, held[1], f"{folder} holds its attention"
         )
-        self.files = WeightFiles(folder)
+        self.files = WeightFiles(files)
         self.layout = layouts.detect(self.files.file_of, is_mistrals=self.files.is_mistrals)
         self.sources = layouts.sources(self.config, self.layout)
         self._known = {source.stored_name for source in self.sources.values()}
         self._checked: set[str] = set()
         for name, file_name in self.files.file_of.items():
-            self._refuse_surplus(folder / file_name, [name])
+            self._refuse_surplus(self.files.path(file_name), [name])
 
     @property
     def expert_bytes(self) -> int:
@@ -129,8 +133,8 @@ class Checkpoint:
         """A digest of samples from all files that weights are read from: it tells a model from the
         same trained on. Raises CheckpointError for a file that cannot be read.
         """
-        files = {self.folder / name for name in self.files.file_of.values()}
-        return sampled(files | self._copy.files if self._copy else files)
+        names = set(self.files.file_of.values())
+        return sampled(self.files.folder, names | self._copy.names if self._copy else names)
 
     def stored(self, name: str) -> StoredTensor:
         """How a tensor, named as in the per-expert layout, is stored; reads only its file's header.
@@ -211,12 +215,12 @@ class Checkpoint:
     def files_of(self, unit: Unit) -> list[Path]:
         """The files that a unit is read from."""
         if self._copy is not None:
-            return [self._copy.file_of(unit)]
+            return [self.files.path(self._copy.file_of(unit))]
         prefix = f"model.layers.{unit.layer}.block_sparse_moe.experts.{unit.expert_id}"
         stored = (
             self.sources[f"{prefix}.{name}.weight"].stored_name for name in ("w1", "w2", "w3")
         )
-        return sorted({self.folder / self.files.file_of[name] for name in stored})
+        return sorted({self.files.path(self.files.file_of[name]) for name in stored})
 
     def load_attention(self, layer: int, on_bytes: OnBytes = ignore_bytes) -> tuple[Weight, Weight]:
         """q, k and v of a layer as one matrix, and o. Raises CheckpointError naming the tensor."""

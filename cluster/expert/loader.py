@@ -4,21 +4,28 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from cluster.errors import ManifestError
 from cluster.manifest import CACHE, FILE
 from model.experts import ExpertWeights, checksum
+from model.progress import Progress
 from model.units import Unit
 
 logger = logging.getLogger(__name__)
 
-Load = Callable[[Unit], tuple[ExpertWeights, str]]
-"""Reads a unit; returns it with the digest of what was read."""
+LOG_EVERY_S = 10.0
+"""Between lines of how far a load has come."""
 
+Load = Callable[[Unit, Callable[[int], None]], tuple[ExpertWeights, str]]
+"""Reads a unit, and tells bytes as they arrive; returns it with the digest of what was read."""
 
 FilesOf = Callable[[Unit], Sequence[Path]]
 """Where a unit is read from."""
+
+OnProgress = Callable[[int, int], None]
+"""Called with how many bytes have arrived since the last call, and how many are left."""
 
 
 class Loader:
@@ -28,12 +35,25 @@ class Loader:
     """
 
     def __init__(
-        self, load: Load, held: MutableMapping[Unit, ExpertWeights], files_of: FilesOf
+        self,
+        load: Load,
+        held: MutableMapping[Unit, ExpertWeights],
+        files_of: FilesOf,
+        bytes_of: Callable[[Unit], int],
+        on_progress: OnProgress = lambda num_bytes, left_bytes: None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """held: what calls are answered from. files_of: for messages."""
+        """held: what calls are answered from. files_of: for messages. bytes_of: once loaded."""
         self._load = load
         self._held = held
         self._files_of = files_of
+        self._bytes_of = bytes_of
+        self._on_progress = on_progress
+        self._clock = clock
+        self._started_at = self._logged_at = 0.0
+        self._finished_bytes = self._arrived_bytes = 0
+        """Of the units that this load has finished, and of the one that is being read."""
         self._digests: dict[Unit, str] = {}
         self._checksums: dict[Unit, int] = {}
         """Of the units as they are held, to find out what happens to them in memory."""
@@ -55,6 +75,19 @@ class Loader:
         """Of every unit that is held."""
         with self._lock:
             return sum(weights.num_bytes for weights in self._held.values())
+
+    @property
+    def progress(self) -> Progress | None:
+        """Of the load that goes on; None when there is none."""
+        with self._lock:
+            if self._thread is None:
+                return None
+            missing = sum(map(self._bytes_of, self._missing()))
+            return Progress(
+                self._finished_bytes + missing,
+                self._finished_bytes + self._arrived_bytes,
+                self._clock() - self._started_at,
+            )
 
     def hold(self, units: Sequence[Unit], expected: Mapping[Unit, str]) -> None:
         """Hold exactly these units: drop others now, load what is missing in this order.
@@ -87,15 +120,16 @@ class Loader:
 
     def _load_on(self) -> None:
         if self._thread is None:
+            self._started_at = self._logged_at = self._clock()
+            self._finished_bytes = self._arrived_bytes = 0
             self._thread = threading.Thread(target=self._run, name="loader", daemon=True)
             self._thread.start()
 
     def _run(self) -> None:
-        started = time.perf_counter()
         num_loaded = 0
         while (unit := self._next()) is not None:
             try:
-                weights, digest = self._load(unit)
+                weights, digest = self._load(unit, partial(self._arrive, unit))
                 self._take(unit, weights, digest, checksum(weights))
             except Exception as error:
                 logger.exception("loading %s failed", unit)
@@ -107,16 +141,29 @@ class Loader:
                     self._thread = None
                 return
             num_loaded += 1
-        logger.info("loaded %d units in %.1f s", num_loaded, time.perf_counter() - started)
+        logger.info("loaded %d units in %.1f s", num_loaded, self._clock() - self._started_at)
 
     def _next(self) -> Unit | None:
         """The first that is wanted and not held; without one the thread ends."""
         with self._lock:
-            missing = (unit for unit in self._wanted if unit not in self._held)
-            unit = next(missing, None)
+            unit = next(iter(self._missing()), None)
             if unit is None:
                 self._thread = None
             return unit
+
+    def _missing(self) -> Sequence[Unit]:
+        return [unit for unit in self._wanted if unit not in self._held]
+
+    def _arrive(self, unit: Unit, num_bytes: int) -> None:
+        """So many more bytes of the unit that is being read are there."""
+        with self._lock:
+            self._arrived_bytes += num_bytes
+        if (progress := self.progress) is None:
+            return
+        self._on_progress(num_bytes, max(0, progress.total_bytes - progress.done_bytes))
+        if (now := self._clock()) - self._logged_at >= LOG_EVERY_S:
+            self._logged_at = now
+            logger.info("loading %s: %s of all", unit, progress)
 
     def _take(self, unit: Unit, weights: ExpertWeights, digest: str, as_held: int) -> None:
         with self._lock:
@@ -132,3 +179,5 @@ class Loader:
             if unit in self._wanted:
                 self._digests[unit], self._checksums[unit] = digest, as_held
                 self._held[unit] = weights
+                self._finished_bytes += self._bytes_of(unit)
+            self._arrived_bytes = 0

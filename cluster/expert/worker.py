@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ import torch
 from ray.util import get_node_ip_address
 
 from cluster import PROTOCOL_VERSION, rpc
-from cluster.config import checkpoint_folder
 from cluster.errors import ConfigurationError
 from cluster.expert.batcher import Batcher
 from cluster.expert.lease import Lease
 from cluster.expert.loader import Loader
 from cluster.expert.service import ExpertService
+from cluster.lenders import new_borrower
+from cluster.lending.located import locate
 from cluster.metrics import WorkerMetrics
 from cluster.network import Network, listen_host
 from cluster.placement import Stamp, WorkerReport
@@ -30,7 +32,7 @@ from cluster.security import Security
 from model.experts import ExpertWeights
 from model.tensor_files import digested
 from model.units import Unit
-from model.weights import Checkpoint, torch_dtype
+from model.weights import Checkpoint, OnBytes, torch_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +45,7 @@ class WorkerSettings:
 
     name: str
     model: Path | None
-    """As in ServeConfig: each node finds, or fetches, its own folder."""
+    """As in ServeConfig: each node finds, fetches or borrows its own."""
     dtype: str | None
     expert_quantization: str | None
     device: str
@@ -77,8 +79,11 @@ class ExpertWorker:
         security = Security.load(settings.network, "worker", os.environ)
         torch.set_num_threads(settings.num_threads)
         self._settings = settings
+        borrower = partial(new_borrower, security=security, weights=settings.weights)
+        located = locate(settings.model, borrower)
         checkpoint = Checkpoint(
-            checkpoint_folder(settings.model),
+            located.folder,
+            files=located.weights,
             dtype=torch_dtype(settings.dtype),
             device=settings.device,
             expert_quantization=settings.expert_quantization,
@@ -86,14 +91,21 @@ class ExpertWorker:
         weights = checkpoint.sample()
         if weights != settings.weights:
             raise ConfigurationError(
-                f"{checkpoint.folder} holds other weights here ({weights}) than on the "
+                f"{checkpoint.files.folder.path} holds other weights here ({weights}) than on the "
                 f"controller's node ({settings.weights}): give all nodes the same files"
             )
         self._checkpoint = checkpoint
         held: dict[Unit, ExpertWeights] = {}
-        self._loader = Loader(self._load, held, checkpoint.files_of)
-        self._node = ray.get_runtime_context().get_node_id()
+        self._borrows = located.weights is not None
         self._metrics = metrics = WorkerMetrics()
+        self._loader = Loader(
+            self._load,
+            held,
+            checkpoint.files_of,
+            lambda unit: checkpoint.expert_bytes // unit.num_slices,
+            partial(metrics.observe_load, "lender" if self._borrows else "disk"),
+        )
+        self._node = ray.get_runtime_context().get_node_id()
         self._identity = rpc.Identity(
             settings.name,
             rpc.fingerprint(checkpoint.config, settings.dtype, weights),
@@ -155,6 +167,8 @@ class ExpertWorker:
             error=self._loader.error,
             settings=repr(self._settings),
             serves=self._settings.serves,
+            loading=self._loader.progress,
+            borrows=self._borrows,
         )
 
     def release(self, owner: str) -> None:
@@ -164,9 +178,9 @@ class ExpertWorker:
             self._service.end(self._server, STOP_GRACE_S)
             ray.actor.exit_actor()
 
-    def _load(self, unit: Unit) -> tuple[ExpertWeights, str]:
+    def _load(self, unit: Unit, on_bytes: OnBytes) -> tuple[ExpertWeights, str]:
         with digested() as digest:
-            weights = self._checkpoint.load_unit(unit)
+            weights = self._checkpoint.load_unit(unit, on_bytes)
         return weights, digest.hexdigest()
 
     def _end_broken(self) -> None:

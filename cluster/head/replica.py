@@ -10,6 +10,7 @@ import os
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import grpc
@@ -28,6 +29,8 @@ from cluster.head.feed import PlacementFeed
 from cluster.head.probe import pass_through_every_expert
 from cluster.head.service import HeadService
 from cluster.head.stopwatch import Stopwatch
+from cluster.lenders import new_borrower
+from cluster.lending.located import locate
 from cluster.metrics import HeadMetrics
 from cluster.network import listen_host
 from cluster.placement import ClusterView, HeadsWanted
@@ -137,8 +140,10 @@ class HeadReplica:
         config = self._config
         security = Security.load(config.network, "head", os.environ)
         torch.set_num_threads(config.head_threads)
+        located = locate(config.model, partial(new_borrower, security=security))
         checkpoint = Checkpoint(
-            config.checkpoint_folder(),
+            located.folder,
+            files=located.weights,
             dtype=torch_dtype(config.dtype),
             device=config.device,
             attention_quantization=config.attention_quantization,

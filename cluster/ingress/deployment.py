@@ -23,10 +23,12 @@ from cluster.ingress.heads import HeadPool
 from cluster.ingress.journal import Journal
 from cluster.ingress.prepare import ApiSettings
 from cluster.ingress.waking import Waker
+from cluster.lenders import new_borrower
+from cluster.lending.located import locate
 from cluster.merging import merge
 from cluster.metrics import IngressMetrics
 from cluster.placement import ClusterView
-from cluster.schema import Readiness, WorkerStatus
+from cluster.schema import LoadStatus, Readiness, WorkerStatus
 from cluster.security import Security
 from model.chat import ChatFormat
 from model.config import MixtralConfig
@@ -39,12 +41,16 @@ logger = logging.getLogger(__name__)
 class Ingress:
     """One ingress. Serve builds its ASGI app by `__serve_build_asgi_app__`."""
 
-    def __init__(self, config: ServeConfig, controller: Any, heads: Any) -> None:
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, config: ServeConfig, controller: Any, heads: Any
+    ) -> None:
         """controller: handle of the Controller deployment. heads: that of the HeadReplica
         deployment, which Serve only deploys because somebody holds it; requests go by gRPC, and
         only who wakes a sleeping service calls it.
         """
-        folder = config.checkpoint_folder()
+        security = Security.load(config.network, "ingress", os.environ)
+        borrower = partial(new_borrower, security=security)
+        folder = (await asyncio.to_thread(locate, config.model, borrower)).folder
         model = MixtralConfig.from_folder(folder)
         defaults = GenerationDefaults.from_folder(folder)
         logger.info(
@@ -55,7 +61,6 @@ class Ingress:
         tokenizer = Tokenizer.from_folder(folder)
         metrics = IngressMetrics()
         name = f"ingress-{serve.get_replica_context().replica_id.unique_id}"
-        security = Security.load(config.network, "ingress", os.environ)
         identity = rpc.Identity(name, rpc.fingerprint(model, config.dtype), security)
         access = Access.with_keys(
             read_api_keys(config.api_keys_file, os.environ),
@@ -224,6 +229,17 @@ class Cluster:
             ]
             if placement
             else [],
+            loading=[
+                LoadStatus(
+                    worker=load.worker,
+                    source="lender" if load.borrows else "disk",
+                    loaded_bytes=load.progress.done_bytes,
+                    total_bytes=load.progress.total_bytes,
+                    bytes_per_s=load.progress.bytes_per_s,
+                    left_s=load.progress.left_s,
+                )
+                for load in view.loading
+            ],
         )
 
     async def settled(self) -> Readiness:

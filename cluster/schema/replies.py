@@ -267,6 +267,19 @@ class WorkerStatus(Reply):
     num_bytes: int
 
 
+class LoadStatus(Reply):
+    """A worker that is loading experts. Sizes as they are held once loaded."""
+
+    worker: str
+    source: Literal["disk", "lender"]
+    """lender: other nodes, since its own lacks the checkpoint's folder."""
+    loaded_bytes: int
+    total_bytes: int
+    bytes_per_s: float
+    left_s: float | None
+    """Null while no byte has come."""
+
+
 class Readiness(Reply):
     """Reply of GET /ready; HTTP 200 when `ready`, else 503."""
 
@@ -282,6 +295,7 @@ class Readiness(Reply):
     scaling: str | None = None
     """The last change of the number of heads or workers, and why."""
     workers: list[WorkerStatus]
+    loading: list[LoadStatus] = []
 
 
 class Move(Reply):

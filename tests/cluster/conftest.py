@@ -1,6 +1,7 @@
 """Four hosts of a cluster and a fifth that calls them, driven by Ray's own commands."""
 
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -11,11 +12,13 @@ from typing import Any
 import pytest
 import yaml
 
+from model import TINY
 from tests.cluster.hosts import Host, hosts, missing
 
 ROOT = Path(__file__).parents[2]
 CALLER = 5
 PORT = 8000
+MODEL = Path("~/tiny")
 KEY = "a-key-of-the-test"
 UP_TIMEOUT_S = 400
 READY_TIMEOUT_S = 240
@@ -78,6 +81,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             (host.home / "num-cpus").write_text("2" if host is door else "0")
         for host in (ray_head, door, *experts, caller):
             settle_in(host)
+        for host in (door, experts[0]):  # the second host of experts borrows
+            shutil.copytree(TINY, host.home / MODEL.name)
         caller.run("ray get-auth-token --generate > /dev/null; chmod 600 ~/.ray/auth_token")
         caller.run("maestrale certs --out ~/maestrale-secrets/tls", timeout_s=120)
         (caller.home / "maestrale-secrets" / "api-keys").write_text(KEY)

@@ -17,6 +17,7 @@ import yaml
 from model import Mixtral
 from tests.cluster.conftest import (
     KEY,
+    MODEL,
     PORT,
     READY_TIMEOUT_S,
     ROOT,
@@ -42,6 +43,7 @@ with Client(sys.argv[1], api_key=sys.argv[2], timeout=300) as client:
 print(longest, file=sys.stderr)
 """
 SERVED = {
+    "model": str(MODEL),
     "dtype": "float32",
     "data_plane_host": "node",
     "tls_folder": "~/maestrale-secrets/tls",
@@ -160,6 +162,15 @@ def test_heads_and_experts_are_where_they_belong(served: Cluster) -> None:
         titles = host.run("ps -eo args")
         found = set(re.findall(r"ray::(?:ServeReplica:maestrale:)?(\w+)", titles))
         assert found & PARTS == parts, titles
+
+
+def test_the_host_that_lacks_the_model_has_borrowed_it(served: Cluster) -> None:
+    having, lacking = served.experts
+    assert not (having.home / ".cache" / "maestrale" / "checkpoints").exists()
+    (copied,) = (lacking.home / ".cache" / "maestrale" / "checkpoints").iterdir()
+    names = {path.name for path in copied.iterdir()}
+    assert "config.json" in names
+    assert "model.safetensors" not in names
 
 
 @pytest.mark.timeout(300)

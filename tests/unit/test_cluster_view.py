@@ -8,8 +8,9 @@ import pytest
 
 from cluster.ingress.deployment import Cluster
 from cluster.metrics import IngressMetrics
-from cluster.placement import ClusterView, HeadInfo, Placement
+from cluster.placement import ClusterView, HeadInfo, Loading, Placement
 from cluster.rpc import Identity
+from model.progress import Progress
 from tests.cluster_fakes import DEADLINE_S
 
 PLACED = Placement(3, (), ())
@@ -48,6 +49,20 @@ def test_while_the_cluster_starts_its_phase_is_the_controllers() -> None:
     assert (readiness.ready, readiness.phase, readiness.percent) == (False, "loading experts", 40)
     assert readiness.error == "worker-1: no disk"
     assert pool.heads == ()
+
+
+def test_workers_that_load_are_told_before_anybody_can_ask_them() -> None:
+    ingress, _ = cluster(0)
+    loads = (
+        Loading("worker-0", Progress(600, 150, 3.0), borrows=True),
+        Loading("worker-1", Progress(600), borrows=False),
+    )
+    ingress._on_view(replace(STARTING, loading=loads))
+    first, second = ingress.readiness().loading
+    assert (first.worker, first.source) == ("worker-0", "lender")
+    assert (first.loaded_bytes, first.total_bytes) == (150, 600)
+    assert (first.bytes_per_s, first.left_s) == (50.0, 9.0)
+    assert (second.source, second.left_s) == ("disk", None)
 
 
 @pytest.mark.parametrize(

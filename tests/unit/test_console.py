@@ -10,8 +10,9 @@ from cluster.console import (
     errors,
     print_certificates,
     print_placement,
+    print_status,
 )
-from cluster.schema import Readiness, WorkerStatus
+from cluster.schema import LoadStatus, Readiness, WorkerStatus
 
 LOOKS_LIKE_MARKUP = "models/[bold]new[/bold] [/x] :smile: [fd00::1]"
 
@@ -50,3 +51,33 @@ def test_addresses_in_a_table_are_shown_to_the_letter() -> None:
     with console.capture() as told:
         print_placement(readiness)
     assert "[fd00::1]:50051" in told.get()
+
+
+def test_a_status_says_what_is_missing_and_how_far_each_load_is() -> None:
+    readiness = Readiness(
+        ready=False,
+        phase="loading experts",
+        percent=40,
+        error="worker-1: no disk",
+        epoch=0,
+        heads_ready=0,
+        heads_expected=2,
+        workers=[],
+        loading=[
+            LoadStatus(
+                worker="worker-0",
+                source="lender",
+                loaded_bytes=1_500_000_000,
+                total_bytes=6_000_000_000,
+                bytes_per_s=5e8,
+                left_s=9.0,
+            )
+        ],
+    )
+    with console.capture() as told:
+        print_status(readiness)
+    assert told.get().splitlines() == [
+        "loading experts, 40 %; 0 of 2 heads, 0 workers",
+        "worker-1: no disk",
+        "worker-0 loads from lender: 1.5 of 6.0 GB, 500 MB/s, 9 s left",
+    ]

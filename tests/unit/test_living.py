@@ -11,6 +11,7 @@ from cluster.head.feed import PlacementFeed
 from cluster.living import LivingPlacement, Sizes
 from cluster.load import MEMORY_ROWS, PRIOR_ROWS, LoadTracker
 from cluster.placement import Placement, Stamp, Table, WorkerReport, available, held_by
+from model.progress import Progress
 from model.units import Unit
 
 DRAIN_S = 30.0
@@ -51,7 +52,12 @@ class FakeWorker:
             num_bytes=len(self.held),
             rows=dict(self.rows),
             error=None,
+            loading=Progress(len(self.orders), len(self.held)) if self.is_loading else None,
         )
+
+    @property
+    def is_loading(self) -> bool:
+        return not set(self.orders) <= set(self.held)
 
 
 class Cluster:
@@ -182,6 +188,16 @@ def test_a_start_says_how_far_it_is() -> None:
     assert [percent for _, percent in told] == sorted(percent for _, percent in told)
     assert told[-1] == ("starting head replicas", 90)
     assert cluster.living.progress(has_head=True) == ("ready", 100)
+
+
+def test_those_who_load_are_told_of_until_they_hold_all() -> None:
+    cluster = Cluster(sizes())
+    told = []
+    while not cluster.living.is_settled:
+        cluster.beat()
+        told.append([load.worker for load in cluster.living.loading])
+    assert {worker for workers in told for worker in workers} == {"worker-0", "worker-1"}
+    assert told[-1] == []
 
 
 @given(

@@ -17,7 +17,7 @@ from cluster.metrics import WorkerMetrics
 from model.experts import Assignments, ExpertWeights, checksum
 from model.tensor_files import digested
 from model.units import Unit
-from model.weights import Checkpoint
+from model.weights import Checkpoint, OnBytes
 from tests.faults import corrupt
 
 A, B, C = Unit(0, 0), Unit(0, 1), Unit(1, 0)
@@ -30,10 +30,14 @@ class Disk:
         self.digests = {A: "a", B: "b", C: "c"}
         self.read: list[Unit] = []
         self.before_read: Callable[[Unit], None] = lambda unit: None
+        self.progress: list[tuple[int, int]] = []
+        """Bytes that have come, and that are left."""
 
-    def load(self, unit: Unit) -> tuple[ExpertWeights, str]:
+    def load(self, unit: Unit, on_bytes: OnBytes) -> tuple[ExpertWeights, str]:
         self.before_read(unit)
         self.read.append(unit)
+        for part_bytes in (32, 16):
+            on_bytes(part_bytes)
         return ExpertWeights(torch.zeros(4, 2), torch.zeros(2, 2)), self.digests[unit]
 
 
@@ -57,7 +61,13 @@ def held() -> dict[Unit, ExpertWeights]:
 
 @pytest.fixture
 def loader(disk: Disk, held: dict[Unit, ExpertWeights]) -> Loader:
-    return Loader(disk.load, held, lambda unit: [Path("/models/tiny/first.safetensors")])
+    return Loader(
+        disk.load,
+        held,
+        lambda unit: [Path("/models/tiny/first.safetensors")],
+        lambda unit: 48,
+        lambda num_bytes, left_bytes: disk.progress.append((num_bytes, left_bytes)),
+    )
 
 
 def test_exactly_what_is_asked_for_is_held_in_that_order(
@@ -71,6 +81,28 @@ def test_exactly_what_is_asked_for_is_held_in_that_order(
     assert settled(loader).digests == {A: "a", B: "b"}
     assert held.keys() == {A, B}
     assert disk.read == [C, A, B]
+
+
+def test_progress_is_of_all_that_is_wanted_and_ends_with_it(loader: Loader, disk: Disk) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def look(unit: Unit) -> None:
+        progress = loader.progress
+        assert progress is not None
+        seen.append((progress.done_bytes, progress.total_bytes))
+        if len(seen) == 2:  # more is wanted meanwhile
+            loader.hold([A, B, C], {})
+
+    disk.before_read = look
+    assert loader.progress is None
+    loader.hold([A, B], {})
+    assert settled(loader).progress is None
+    assert seen == [(0, 96), (48, 96), (96, 144)]
+    assert disk.progress == [(32, 64), (16, 48), (32, 64), (16, 48), (32, 16), (16, 0)]
+    loader.hold([A], {})
+    loader.hold([A, B], {})  # what was held before does not count
+    assert settled(loader).progress is None
+    assert seen[3:] == [(0, 48)]
 
 
 def test_what_is_no_longer_wanted_when_it_arrives_is_not_kept(

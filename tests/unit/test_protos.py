@@ -9,7 +9,7 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.descriptor_pb2 import DescriptorProto
 
 import protos
-from protos import expert_pb2, head_pb2, maestrale_pb2, peer_pb2
+from protos import expert_pb2, head_pb2, lender_pb2, maestrale_pb2, peer_pb2
 
 FOLDER = Path(protos.__file__).parent
 CONTRACTS = sorted(path.name for path in FOLDER.glob("*.proto"))
@@ -38,7 +38,7 @@ def test_generating_the_code_again_gives_the_committed_files(generated: Path) ->
 
 
 def messages() -> list[Descriptor]:
-    files = (expert_pb2, head_pb2, maestrale_pb2, peer_pb2)
+    files = (expert_pb2, head_pb2, lender_pb2, maestrale_pb2, peer_pb2)
     return [m for file in files for m in file.DESCRIPTOR.message_types_by_name.values()]
 
 
@@ -66,7 +66,7 @@ def test_large_fields_come_last(name: str) -> None:
     "enum",
     [
         enum
-        for file in (expert_pb2, head_pb2, maestrale_pb2, peer_pb2)
+        for file in (expert_pb2, head_pb2, lender_pb2, maestrale_pb2, peer_pb2)
         for enum in file.DESCRIPTOR.enum_types_by_name.values()
     ],
     ids=lambda enum: enum.full_name,

@@ -11,6 +11,7 @@ from model.config import MixtralConfig
 from model.errors import CheckpointError
 from model.quantized_copy import save_quantized
 from model.tensor_files import sampled
+from model.weight_folder import LocalFolder
 from model.weights import Checkpoint
 from tests.fakes import random_tensors, small_config, write_checkpoint
 
@@ -41,13 +42,13 @@ def test_files_of_any_size_have_one(tmp_path: Path) -> None:
     file, samples = tmp_path / "model.safetensors", set()
     for num_bytes in (0, 1, 4096, 4097, 10**6):
         file.write_bytes(bytes(num_bytes))
-        samples.add(sampled([file]))
+        samples.add(sampled(LocalFolder(tmp_path), [file.name]))
     assert len(samples) == 5
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
-        sampled([tmp_path / "model.safetensors"])
+        sampled(LocalFolder(tmp_path), ["model.safetensors"])
 
 
 def test_head_and_worker_of_other_weights_refuse_each_other() -> None:

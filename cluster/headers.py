@@ -1,14 +1,13 @@
-"""What the controller must know of a checkpoint before it places anything. Loads no weights."""
+"""What the controller must know of a checkpoint before anything is loaded: its headers say it."""
 
 from cluster.config import ServeConfig
 from cluster.living import Sizes
-from cluster.manifest import CACHE, Manifest
 
 
-def read_checkpoint(config: ServeConfig) -> tuple[Sizes, str, Manifest]:
-    """What is to be placed, from the headers; a sample of it; what was read of it before.
+def read_headers(config: ServeConfig) -> tuple[Sizes, str]:
+    """What is to be placed, and a sample of the weights. Runs where the folder is.
 
-    Raises CheckpointError or OSError. Reads files, and blocks meanwhile.
+    Raises ModelError.
     """
     # torch is not wanted before a replica runs
     from model.weights import Checkpoint, torch_dtype
@@ -27,4 +26,4 @@ def read_checkpoint(config: ServeConfig) -> tuple[Sizes, str, Manifest]:
         num_copies=config.expert_copies,
         num_slices=config.expert_slices,
     )
-    return sizes, as_held[modes[0]].sample(), Manifest.of(folder, CACHE.expanduser())
+    return sizes, as_held[modes[0]].sample()
