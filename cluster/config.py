@@ -221,6 +221,12 @@ class ServeConfig(BaseModel):
     cross_check_share: float = Field(default=0.001, ge=0, le=1)
     """Share of the rows for experts with several copies that a second copy computes as well, beside
     the answers, to find memory or a processor that has gone bad. 0: none."""
+    hedge_budget: float = Field(default=0.0, ge=0, le=0.5)
+    """Rows that a head may send to a second copy as well, at most, as a share of all rows of
+    experts: where an answer takes longer than 19 of 20 of its worker's latest. The first answer is
+    used. 0.02 is enough for workers that stall once in a while; it does not help where all are
+    slow, or experts have one copy. 0: none, for it costs a thread and a wake-up for each worker of
+    another host, and steady workers do not need it."""
     lease_s: float = Field(default=60.0, ge=1)
     """Workers end by themselves when the controller has not renewed their lease for so long. Above
     the time that Serve takes to start a controller anew, also on a busy machine: streams go on
@@ -298,6 +304,11 @@ class ServeConfig(BaseModel):
             raise ValueError(
                 f"expert_quantization lists {len(listed)} workers, "
                 f"num_workers is {self.num_workers}"
+            )
+        if self.hedge_budget and len(set(self.worker_quantization)) > 1:
+            raise ValueError(
+                "hedge_budget needs workers that hold their experts alike: answers would depend on "
+                "which worker is faster"
             )
         if self.num_workers % self.expert_slices:
             raise ValueError(
