@@ -1,6 +1,7 @@
 """Rows are sent twice within the budget only, to the trusted only; one answer is used, all read."""
 
 import os
+import time
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, cast
@@ -150,7 +151,16 @@ class Field:
 
     def _part(self, lane: Lane) -> Part:
         rows = SimpleNamespace(rows_A=torch.zeros(1))
-        return Part(cast(Any, None), rows.rows_A, cast(Any, rows), cast(Any, lane), 0, 0, 1e12)
+        overdue_at = time.monotonic() + 60
+        return Part(
+            call=cast(Any, None),
+            rows_R=rows.rows_A,
+            assignments=cast(Any, rows),
+            stream=cast(Any, lane),
+            sent_at=0.0,
+            hedge_at=0.0,
+            overdue_at=overdue_at,
+        )
 
 
 @pytest.fixture(scope="module")
