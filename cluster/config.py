@@ -8,14 +8,13 @@ environment.
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, Self, TypeGuard
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
 
+from cluster.folders import checkpoint_folder
 from cluster.network import THE_NODES_OWN, Network, is_loopback
 from cluster.schema import MAX_DRAFTS
-from model import TINY
-from model.hub import is_hub_id, resolve
 
 MIB = 2**20
 GIB = 2**30
@@ -28,26 +27,6 @@ def no_such_setting(name: str, known: Iterable[str]) -> str:
     near = get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]}?" if near else "`maestrale config` lists them all"
     return f"there is no setting {name}: {hint}"
-
-
-def checkpoint_folder(model: Path | None) -> Path:
-    """The folder to load from, on this node. Raises CheckpointError when there is no such model."""
-    return TINY if model is None else resolve(model).absolute()
-
-
-def can_be_lent(model: Path | None) -> TypeGuard[Path]:
-    """Whether it is named by a path, which some nodes may lack and others have."""
-    return model is not None and not is_hub_id(model)
-
-
-def lacks_folder(model: Path | None) -> TypeGuard[Path]:
-    """Whether this node has no folder of this path, and others may."""
-    return can_be_lent(model) and not model.expanduser().is_dir()
-
-
-def checkpoint_path(model: Path | None) -> Path:
-    """Where a model's folder is on this node, or would be. Raises CheckpointError."""
-    return model.expanduser().absolute() if lacks_folder(model) else checkpoint_folder(model)
 
 
 LIVE = (
@@ -236,6 +215,12 @@ class ServeConfig(BaseModel):
     cross_check_share: float = Field(default=0.001, ge=0, le=1)
     """Share of the rows for experts with several copies that a second copy computes as well, beside
     the answers, to find memory or a processor that has gone bad. 0: none."""
+    hedge_budget: float = Field(default=0.0, ge=0, le=0.5)
+    """Rows that a head may send to a second copy as well, at most, as a share of all rows of
+    experts: where an answer takes longer than 19 of 20 of its worker's latest. The first answer is
+    used. 0.02 is enough for workers that stall once in a while; it does not help where all are
+    slow, or experts have one copy. 0: none, for it costs a thread and a wake-up for each worker of
+    another host, and steady workers do not need it."""
     lease_s: float = Field(default=180.0, ge=1)
     """Workers end by themselves when the controller has not renewed their lease for so long. Above
     the time that Serve takes to start a controller anew, also on a busy machine, and that the
@@ -313,6 +298,11 @@ class ServeConfig(BaseModel):
             raise ValueError(
                 f"expert_quantization lists {len(listed)} workers, "
                 f"num_workers is {self.num_workers}"
+            )
+        if self.hedge_budget and len(set(self.worker_quantization)) > 1:
+            raise ValueError(
+                "hedge_budget needs workers that hold their experts alike: answers would depend on "
+                "which worker is faster"
             )
         if self.num_workers % self.expert_slices:
             raise ValueError(

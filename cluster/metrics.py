@@ -118,6 +118,13 @@ class HeadMetrics(ServerMetrics):
             "Rows of experts that were sent again after a loss or refusal",
             registry=self.registry,
         )
+        self._hedged_rows = Counter(
+            "maestrale_expert_rows_hedged",
+            "Rows of experts that were sent to another copy as well since an answer was late, by"
+            " outcome; won are those whose second answer came first",
+            ["outcome"],
+            registry=self.registry,
+        )
         self._cross_checks = Counter(
             "maestrale_expert_cross_checks",
             "Rows that a second copy computed too, by outcome; damaged and unexplained are alarms",
@@ -153,6 +160,10 @@ class HeadMetrics(ServerMetrics):
         """Rows of experts were sent a second time, after so long without anybody to ask."""
         self._resent_rows.inc(num_rows)
         self._rows_waited.inc(waited_s)
+
+    def observe_hedged(self, num_rows: int, outcome: str) -> None:
+        """outcome: won, lost (the first worker was faster) or failed."""
+        self._hedged_rows.labels(outcome).inc(num_rows)
 
     def observe_cross_check(self, outcome: str) -> None:
         """outcome: agreed, damaged (a copy's weights had changed), unexplained or unanswered."""

@@ -112,16 +112,25 @@ class Pipe:
 
     def receive(self, timeout_s: float | None = None) -> memoryview:
         """The next message. Raises as `send` does."""
+        self.wait(timeout_s)
+        return self._arrived.popleft()
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Until the next message is there whole. Raises as `send` does."""
         deadline = _deadline(timeout_s)
+        spin_until = self._spin_until if deadline is None else min(self._spin_until, deadline)
         self._take()
         while not self._arrived:
-            if self._is_soon and time.monotonic() < self._spin_until:
+            if self._is_soon and time.monotonic() < spin_until:
                 os.sched_yield()
             else:
                 self._wait(select.POLLIN, deadline)
             self._take()
         self._is_soon = time.monotonic() < self._spin_until
-        return self._arrived.popleft()
+
+    def fileno(self) -> int:
+        """Of a descriptor that can be read when more has arrived, or the peer is gone."""
+        return self._socket.fileno()
 
     def close(self) -> None:
         """End the connection. From another thread too: whoever waits gets a ConnectionError."""

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from cluster.placement import Copy
 from model.experts import Assignments
@@ -122,3 +123,13 @@ def split(assignments: Assignments, copies: Sequence[Copy]) -> list[tuple[int, A
         )
         for worker, mine in sorted(pieces.items())
     ]
+
+
+def renumbered(rows_A: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """The rows that occur, ascending, and of every assignment the place among them."""
+    # numpy: torch's `unique` alone takes longer
+    rows = rows_A.numpy()
+    occurs_T = np.zeros(num_rows, dtype=bool)
+    occurs_T[rows] = True
+    place_T = occurs_T.cumsum() - 1
+    return torch.from_numpy(occurs_T.nonzero()[0]), torch.from_numpy(place_T[rows])

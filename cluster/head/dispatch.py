@@ -4,7 +4,7 @@ One message per layer and worker, with every row once however many of the worker
 to. A worker that fails costs only its own rows: they are sent again at once, to another copy, or
 wait until there is one.
 
-Shape suffixes: T tokens, D hidden, R rows of one worker, A assignments.
+Shape suffixes: T tokens, D hidden, A assignments.
 """
 
 import logging
@@ -12,23 +12,25 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from cluster import rpc, wire
 from cluster.errors import CallRefusedError, ExpertFailedError, ExpertsUnavailableError
 from cluster.head.answer_times import AnswerTimes
-from cluster.head.choice import choose, split
+from cluster.head.choice import choose, renumbered, split
 from cluster.head.cross_check import CrossCheck
 from cluster.head.feed import PlacementFeed
+from cluster.head.hedging import Hedging, other_copies
+from cluster.head.part import Part
+from cluster.head.race import Races
 from cluster.head.routes import Directory, Routes
-from cluster.head.stream import WorkerStream
 from cluster.metrics import HeadMetrics
-from cluster.placement import Placement, WorkerInfo
+from cluster.placement import Copy, Placement, WorkerInfo
 from model.experts import Assignments, assign
 from model.phases import UNWATCHED, Phases
 from model.router import Routing
+from model.units import Unit
 
 logger = logging.getLogger(__name__)
 
@@ -37,20 +39,6 @@ ASK_AGAIN_S = 0.1
 
 FAILURES_TO_BAN = 3
 """Calls in a row that a worker could not compute and another could: by then it is not the rows."""
-
-
-@dataclass(frozen=True)
-class _Part:
-    """What one worker is to compute of a dispatch."""
-
-    call: wire.Call
-    rows_R: Tensor
-    """Rows of T, int64."""
-    assignments: Assignments
-    """The same assignments as the call's, with rows of T."""
-    stream: WorkerStream
-    sent_at: float
-    overdue_at: float
 
 
 class RemoteExperts:
@@ -69,11 +57,13 @@ class RemoteExperts:
         phases: Phases = UNWATCHED,
         metrics: HeadMetrics | None = None,
         cross_check: CrossCheck | None = None,
+        hedge_budget: float = 0.0,
     ) -> None:
         """timeout_s: for one answer; less where another copy could give it, see AnswerTimes.
         recovery_timeout_s: how long rows wait for somebody who can compute them.
         phases: told when rows are packed, under way and unpacked.
         cross_check: offered what is sent; ended by `close`.
+        hedge_budget: see Hedging; 0: no rows are sent twice to be faster.
         """
         self.phases = phases
         self._timeout_s = timeout_s
@@ -83,6 +73,8 @@ class RemoteExperts:
         self._directory = Directory(feed, identity, drain_s=timeout_s)
         self._times: dict[WorkerInfo, AnswerTimes] = {}
         """Of workers that have answered; no more of them than the placement names."""
+        self._hedging = Hedging(hedge_budget)
+        self._races = Races(self.receive, self._metrics)
         self._num_failed: dict[WorkerInfo, int] = {}
         """Calls in a row that others computed in place of a worker that could not."""
         self._next_call_id = 1
@@ -109,6 +101,7 @@ class RemoteExperts:
     def dispatch(self, layer: int, x_TD: Tensor, routing: Routing) -> "RemoteRows":
         """Send every row to the workers that hold its experts."""
         self.phases.enter("packing")
+        late = self._races.late_workers()
         routes = self._directory.routes()
         assert routes is not None, "dispatch before the first placement"
         workers = routes.placement.workers
@@ -117,19 +110,38 @@ class RemoteExperts:
         if len(self._num_failed) > len(workers):
             self._num_failed = {w: self._num_failed[w] for w in workers if w in self._num_failed}
         assignments = assign(layer, routing)
-        parts = self._send(routes, x_TD, [assignments])
+        parts = self._send(routes, x_TD, [assignments], avoid=late)
+        for part in parts or ():
+            self._hedging.earn(len(part.assignments.rows_A))
         if self._cross_check is not None and parts:
             self._cross_check.offer(x_TD, assignments, routes.copies)
         timed = self._num_dispatches % len(parts) if parts else None
         self._num_dispatches += 1
         return RemoteRows(self, layer, x_TD, assignments, parts, timed)
 
-    def receive(self, part: _Part, *, is_timely: bool) -> wire.Reply:
-        """The answer to a part. Drops the stream of a worker that fails, and raises why.
+    def answers(
+        self,
+        rows: "RemoteRows",
+        part: Part,
+        *,
+        refused_by: Collection[WorkerInfo],
+        is_timely: bool,
+    ) -> list[tuple[Part, wire.Reply]]:
+        """The answer to a part, or where it is late to others with the same rows. Raises as
+        `receive` does.
 
+        refused_by: who else is not to be asked.
         is_timely: no other answer was waited for before, so the worker's time may be measured.
         """
-        worker = part.stream.worker
+        rivals = self._rivals(rows.x_TD, part, refused_by)
+        answers = self._races.run(part, rivals) if rivals else [(part, self.receive(part))]
+        if is_timely:
+            times = self._times.setdefault(part.stream.worker, AnswerTimes())
+            times.observe(len(part.assignments.rows_A), time.monotonic() - part.sent_at)
+        return answers
+
+    def receive(self, part: Part) -> wire.Reply:
+        """The answer to a part. Drops the stream of a worker that fails, and raises why."""
         try:
             reply = part.stream.receive(part.call, part.overdue_at)
         except CallRefusedError:
@@ -138,11 +150,8 @@ class RemoteExperts:
             if self._directory.lose(part.stream):
                 self._metrics.observe_lost_worker()
             raise
-        if is_timely:
-            times = self._times.setdefault(worker, AnswerTimes())
-            times.observe(len(part.assignments.rows_A), time.monotonic() - part.sent_at)
         if self._num_failed:
-            self._num_failed.pop(worker, None)
+            self._num_failed.pop(part.stream.worker, None)
         return reply
 
     def blame(self, workers: Collection[WorkerInfo]) -> None:
@@ -160,7 +169,7 @@ class RemoteExperts:
         failed: Mapping[WorkerInfo, ExpertFailedError],
         cause: ExpertsUnavailableError | ExpertFailedError | None,
         lost_since: float,
-    ) -> tuple[list[_Part], bool]:
+    ) -> tuple[list[Part], bool]:
         """Send what was lost to others, as soon as there are any.
 
         Returns the parts, and whether they are all of the dispatch anew: a lost slice can only be
@@ -216,25 +225,48 @@ class RemoteExperts:
         x_TD: Tensor,
         wanted: Sequence[Assignments],
         refused_by: Collection[WorkerInfo] = (),
-    ) -> list[_Part] | None:
+        avoid: Collection[WorkerInfo] = (),
+    ) -> list[Part] | None:
         """Choose copies, split by worker, in ascending order, and send each its part.
 
         None, and nothing is sent, if there is nobody to ask for some of it.
+        avoid: who is asked only where no other trusted worker can be.
         """
-        ways = [
-            [(count, routes.options(unit, refused_by)) for unit, count in each.counts]
-            for each in wanted
-        ]
-        if not all(options for each in ways for _, options in each):
+
+        def options(unit: Unit) -> list[Copy]:
+            found = routes.trusted_options(unit, avoid) if avoid else None
+            return found or routes.options(unit, refused_by)
+
+        ways = [[(count, options(unit)) for unit, count in each.counts] for each in wanted]
+        if not all(found for each in ways for _, found in each):
             return None
         return [
             self._send_part(routes, x_TD, worker, mine)
-            for each, options in zip(wanted, ways, strict=True)
-            for worker, mine in split(each, choose(options))
+            for each, found in zip(wanted, ways, strict=True)
+            for worker, mine in split(each, choose(found))
         ]
 
-    def _send_part(self, routes: Routes, x_TD: Tensor, worker: int, mine: Assignments) -> _Part:
-        rows_R, local_A = _renumbered(mine.rows_A, len(x_TD))
+    def _rivals(self, x_TD: Tensor, part: Part, refused_by: Collection[WorkerInfo]) -> list[Part]:
+        """The same rows once more, at other copies; none unless the part is late for its worker,
+        others hold its experts, and the budget allows it.
+        """
+        if part.hedge_at is None or part.stream.wait(part.call, part.hedge_at):
+            return []
+        avoid = {part.stream.worker, *refused_by, *self._races.late_workers()}
+        routes = self._directory.routes()
+        assert routes is not None, "a part before the first placement"
+        counts = part.assignments.counts
+        ways = other_copies(routes, [unit for unit, _ in counts], avoid)
+        if ways is None:
+            return []
+        wanted = [(count, copies) for (_, count), copies in zip(counts, ways, strict=True)]
+        again = split(part.assignments, choose(wanted))
+        if not self._hedging.spend(sum(len(mine.rows_A) for _, mine in again)):
+            return []
+        return [self._send_part(routes, x_TD, worker, mine) for worker, mine in again]
+
+    def _send_part(self, routes: Routes, x_TD: Tensor, worker: int, mine: Assignments) -> Part:
+        rows_R, local_A = renumbered(mine.rows_A, len(x_TD))
         rows_R = rows_R.to(x_TD.device)
         call = wire.Call(
             call_id=self._next_call_id,
@@ -246,9 +278,13 @@ class RemoteExperts:
         self._next_call_id += 1
         stream = routes.streams[worker]
         now = time.monotonic()
+        times = self._times.get(stream.worker)
+        num_rows = len(mine.rows_A)
+        hedge_s = self._hedging.due_s(num_rows, times.usual_s(num_rows)) if times else None
+        hedge_at = None if hedge_s is None else now + hedge_s
         overdue_at = now + self._deadline_s(routes, worker, mine)
         stream.send(call, overdue_at)
-        return _Part(call, rows_R, mine, stream, now, overdue_at)
+        return Part(call, rows_R, mine, stream, now, hedge_at, overdue_at)
 
     def _deadline_s(self, routes: Routes, worker: int, mine: Assignments) -> float:
         """How long to wait for a worker: short where others could do the same."""
@@ -259,16 +295,6 @@ class RemoteExperts:
         return self._timeout_s if deadline_s is None else min(deadline_s, self._timeout_s)
 
 
-def _renumbered(rows_A: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-    """The rows that occur, ascending, and of every assignment the place among them."""
-    # numpy: torch's `unique` alone takes longer
-    rows = rows_A.numpy()
-    occurs_T = np.zeros(num_rows, dtype=bool)
-    occurs_T[rows] = True
-    place_T = occurs_T.cumsum() - 1
-    return torch.from_numpy(occurs_T.nonzero()[0]), torch.from_numpy(place_T[rows])
-
-
 @dataclass(frozen=True)
 class RemoteRows:
     """The answer to one dispatch, on its way from several workers."""
@@ -277,7 +303,7 @@ class RemoteRows:
     layer: int
     x_TD: Tensor
     assignments: Assignments
-    parts: list[_Part] | None
+    parts: list[Part] | None
     """None: some of the experts could not be asked for."""
     timed: int | None
     """Which of them is received first, and its worker's time taken: of answers that came while
@@ -303,7 +329,7 @@ class RemoteRows:
         while True:
             # One may be out of order; what two cannot compute is the rows' own fault.
             may_fail = not failed
-            for part, answer in self._answers(parts, timed):
+            for part, answer in self._answers(parts, timed, refused_by | failed.keys()):
                 if not isinstance(answer, wire.Reply):
                     if isinstance(answer, CallRefusedError):
                         refused_by.add(part.stream.worker)
@@ -336,7 +362,7 @@ class RemoteRows:
         phases.reveal(compute_s, was="transfer", really="experts")
         return self._zeros() if sums_TD is None else sums_TD
 
-    def _plus(self, sums_TD: Tensor | None, part: _Part, sums_RD: Tensor) -> Tensor:
+    def _plus(self, sums_TD: Tensor | None, part: Part, sums_RD: Tensor) -> Tensor:
         """Sums, None for zeros, and a part's."""
         sums_RD = sums_RD.to(self.x_TD.device)
         if part.assignments.counts == self.assignments.counts:
@@ -348,21 +374,21 @@ class RemoteRows:
         return torch.zeros(self.x_TD.shape, dtype=torch.float32, device=self.x_TD.device)
 
     def _answers(
-        self, parts: Sequence[_Part], timed: int | None
-    ) -> Iterator[tuple[_Part, wire.Reply | ExpertsUnavailableError | ExpertFailedError]]:
+        self, parts: Sequence[Part], timed: int | None, avoid: Collection[WorkerInfo]
+    ) -> Iterator[tuple[Part, wire.Reply | ExpertsUnavailableError | ExpertFailedError]]:
         """What comes of each part, in their order, whichever is received first."""
-        early = None if timed is None else self._answer(parts[timed], is_timely=True)
+        early = None if timed is None else self._answer(parts[timed], avoid, is_timely=True)
         for number, part in enumerate(parts):
             if early is not None and number == timed:
-                yield part, early
+                yield from early
             else:
-                yield part, self._answer(part, is_timely=False)
+                yield from self._answer(part, avoid, is_timely=False)
 
     def _answer(
-        self, part: _Part, *, is_timely: bool
-    ) -> wire.Reply | ExpertsUnavailableError | ExpertFailedError:
+        self, part: Part, avoid: Collection[WorkerInfo], *, is_timely: bool
+    ) -> Sequence[tuple[Part, wire.Reply | ExpertsUnavailableError | ExpertFailedError]]:
         self.experts.phases.enter("transfer")
         try:
-            return self.experts.receive(part, is_timely=is_timely)
+            return self.experts.answers(self, part, refused_by=avoid, is_timely=is_timely)
         except (ExpertsUnavailableError, ExpertFailedError) as error:
-            return error
+            return [(part, error)]

@@ -169,6 +169,7 @@ class HeadReplica:
             phases=stopwatch,
             metrics=metrics,
             cross_check=self._new_cross_check(to_workers, metrics),
+            hedge_budget=config.hedge_budget,
         )
         try:
             while not experts.connect(timeout_s=1.0):

@@ -48,6 +48,12 @@ class Routes:
         """The ways to have a unit computed by some workers."""
         return options(unit, self.placement.table[unit.layer][unit.expert_id], workers)
 
+    def trusted_options(self, unit: Unit, avoid: Collection[WorkerInfo]) -> list[Copy]:
+        """The ways to have a unit computed by trusted workers other than these."""
+        workers = self.placement.workers
+        others = [number for number in self.trusted if workers[number] not in avoid]
+        return self.options_among(unit, others)
+
     def copies(self, unit: Unit) -> tuple[int, list[tuple[WorkerInfo, ...]]]:
         """The epoch, and of each way to have a unit computed the workers."""
         workers = self.placement.workers

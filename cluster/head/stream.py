@@ -41,6 +41,8 @@ class WorkerStream:
         """Calls whose answer has not been read."""
         self._early: dict[int, wire.Reply] = {}
         """Answers that came before one that was wanted first, by call."""
+        self._fault: LinkLostError | WireError | None = None
+        """What ended the stream while nobody received."""
         channel = rpc.new_channel(worker.address, identity.security, "worker")
         try:
             reply = self._shake_hands(channel, identity)
@@ -102,6 +104,8 @@ class WorkerStream:
             while reply is None or reply.call_id < call.call_id:
                 if reply is not None:
                     self._keep(reply)
+                if self._fault is not None:
+                    raise self._fault
                 reply = self._next_reply(overdue_at, where)
         except LinkLostError as error:
             raise ExpertsUnavailableError(f"{where}: {error}") from error
@@ -119,6 +123,21 @@ class WorkerStream:
                 f"{tuple(call.x_RD.shape)}"
             )
         return reply
+
+    def wait(self, call: wire.Call, until: float) -> bool:
+        """Whether, by then, `receive` would return or raise at once for a call that was sent."""
+        while self._fault is None and call.call_id not in self._early:
+            if not self._link.wait(until):
+                return False
+            try:
+                self._keep(self._next_reply(until, repr(self)))
+            except (LinkLostError, WireError) as error:
+                self._fault = error
+        return True
+
+    def fileno(self) -> int:
+        """Of a descriptor that can be read when it may be worth to `wait` again."""
+        return self._link.fileno()
 
     def _next_reply(self, overdue_at: float, where: str) -> wire.Reply:
         message = self._link.receive(overdue_at, where)

@@ -40,7 +40,7 @@ class Answers:
     """A worker's stream; whether a read was in progress when it was cancelled."""
 
     def __init__(self) -> None:
-        self.ready: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self.ready: queue.SimpleQueue[bytes | Exception] = queue.SimpleQueue()
         self.has_returned = threading.Event()
         self.cancelled_late: list[bool] = []
 
@@ -48,7 +48,10 @@ class Answers:
         return self
 
     def __next__(self) -> bytes:
-        return self.ready.get(timeout=10)
+        ready = self.ready.get(timeout=10)
+        if isinstance(ready, Exception):
+            raise ready
+        return ready
 
     def cancel(self) -> None:
         self.cancelled_late.append(self.has_returned.is_set())
@@ -80,4 +83,48 @@ def test_no_read_is_cancelled_for_the_lateness_of_the_one_before() -> None:
     reader.join(10)
     assert answers.has_returned.is_set()
     assert answers.cancelled_late == [False]
+    link.close()
+
+
+def test_an_answer_by_grpc_can_be_waited_for_by_time() -> None:
+    """And what ends the stream is told after all that came before it."""
+    answers = Answers()
+    channel: Any = SimpleNamespace(
+        stream_stream=lambda method: lambda calls: answers, close=lambda: None
+    )
+    link = GrpcLink(channel)
+    assert not link.wait(0.0)
+    far = time.monotonic() + 10
+    answers.ready.put(b"one")
+    assert link.wait(far)
+    answers.ready.put(b"two")
+    assert [link.receive(far, "a test"), link.receive(far, "a test")] == [b"one", b"two"]
+    assert not link.wait(0.0)
+    answers.ready.put(StopIteration())
+    for _ in range(2):
+        assert link.wait(far)
+        with pytest.raises(LinkLostError, match="stream ended"):
+            link.receive(far, "a test")
+    link.close()
+
+
+def test_an_answer_by_pipe_can_be_waited_for_by_time() -> None:
+    name = f"maestrale-test-{secrets.token_hex(8)}"
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(f"\0{name}")
+        listening.listen()
+        link = PipeLink(name)
+        worker, _ = listening.accept()
+    far = time.monotonic() + 10
+    worker.send(bytes([3]) + bytes(7) + b"o")
+    assert not link.wait(0.0)  # not whole yet
+    worker.send(b"ne")
+    assert link.wait(far)
+    assert link.receive(far, "a test") == b"one"
+    worker.send(bytes(8))  # no message is empty
+    for _ in range(2):
+        assert link.wait(far)
+        with pytest.raises(LinkLostError, match="a message of 0 bytes"):
+            link.receive(far, "a test")
+    worker.close()
     link.close()

@@ -9,7 +9,7 @@ from cluster.expert.batcher import Batcher
 from cluster.expert.service import ExpertService
 from cluster.head.dispatch import RemoteExperts
 from cluster.head.feed import PlacementFeed
-from cluster.metrics import WorkerMetrics
+from cluster.metrics import HeadMetrics, WorkerMetrics
 from cluster.placement import Placement, Table, WorkerInfo
 from cluster.planning import plan
 from cluster.security import Security
@@ -112,7 +112,16 @@ def remote_experts(
     timeout_s: float = 20.0,
     recovery_timeout_s: float = 20.0,
     security: Security = rpc.LOOPBACK_ONLY,
+    metrics: HeadMetrics | None = None,
+    hedge_budget: float = 0.0,
 ) -> RemoteExperts:
     fingerprint = rpc.fingerprint(checkpoint.config, dtype_name(checkpoint))
     identity = rpc.Identity("head", fingerprint, security)
-    return RemoteExperts(feed, identity, timeout_s=timeout_s, recovery_timeout_s=recovery_timeout_s)
+    return RemoteExperts(
+        feed,
+        identity,
+        timeout_s=timeout_s,
+        recovery_timeout_s=recovery_timeout_s,
+        metrics=metrics,
+        hedge_budget=hedge_budget,
+    )

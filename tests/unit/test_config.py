@@ -225,6 +225,12 @@ def test_every_worker_may_hold_its_experts_in_another_form() -> None:
         ServeConfig(expert_quantization=("int4", None), num_workers=3)
 
 
+def test_rows_are_sent_twice_only_where_copies_are_alike() -> None:
+    assert ServeConfig().hedge_budget == 0
+    with pytest.raises(ValidationError, match="hedge_budget needs workers that hold"):
+        ServeConfig(hedge_budget=0.02, expert_quantization=("int4", None))
+
+
 def test_scaling_needs_bounds_in_order_and_workers_alike() -> None:
     settings = ServeConfig(num_workers=2, max_workers=4, num_heads=2)
     assert (settings.most_workers, settings.most_heads) == (4, 2)
