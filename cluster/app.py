@@ -24,10 +24,11 @@ from ray.serve.schema import ApplicationStatus
 from cluster import rpc
 from cluster.actors import alive_workers, worker_name
 from cluster.client import Client
-from cluster.config import ServeConfig, lacks_folder
+from cluster.config import ServeConfig
 from cluster.context import context_of
 from cluster.controller import Controller
 from cluster.errors import APIError, ConfigurationError, StartError
+from cluster.folders import lacks_folder
 from cluster.follow import as_heads_were_told
 from cluster.ingress.auth import KEYS_VARIABLE, read_api_keys
 from cluster.network import is_loopback

@@ -8,14 +8,13 @@ environment.
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, Self, TypeGuard
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
 
+from cluster.folders import checkpoint_folder
 from cluster.network import THE_NODES_OWN, Network, is_loopback
 from cluster.schema import MAX_DRAFTS
-from model import TINY
-from model.hub import is_hub_id, resolve
 
 MIB = 2**20
 GIB = 2**30
@@ -28,26 +27,6 @@ def no_such_setting(name: str, known: Iterable[str]) -> str:
     near = get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]}?" if near else "`maestrale config` lists them all"
     return f"there is no setting {name}: {hint}"
-
-
-def checkpoint_folder(model: Path | None) -> Path:
-    """The folder to load from, on this node. Raises CheckpointError when there is no such model."""
-    return TINY if model is None else resolve(model).absolute()
-
-
-def can_be_lent(model: Path | None) -> TypeGuard[Path]:
-    """Whether it is named by a path, which some nodes may lack and others have."""
-    return model is not None and not is_hub_id(model)
-
-
-def lacks_folder(model: Path | None) -> TypeGuard[Path]:
-    """Whether this node has no folder of this path, and others may."""
-    return can_be_lent(model) and not model.expanduser().is_dir()
-
-
-def checkpoint_path(model: Path | None) -> Path:
-    """Where a model's folder is on this node, or would be. Raises CheckpointError."""
-    return model.expanduser().absolute() if lacks_folder(model) else checkpoint_folder(model)
 
 
 LIVE = (

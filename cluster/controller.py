@@ -18,8 +18,9 @@ from ray.serve.schema import ApplicationStatus
 
 from cluster.actors import WorkerActor, alive_workers, worker_name
 from cluster.autoscale import Decision
-from cluster.config import ServeConfig, can_be_lent, checkpoint_path
+from cluster.config import ServeConfig
 from cluster.errors import MaestraleError
+from cluster.folders import can_be_lent, checkpoint_path
 from cluster.follow import WATCH_S, HeadReport, Publisher
 from cluster.headers import read_headers
 from cluster.lenders import Lenders

@@ -17,8 +17,8 @@ from ray.exceptions import RayError
 from ray.util import get_node_ip_address, list_named_actors
 
 from cluster import rpc
-from cluster.config import checkpoint_folder, checkpoint_path
 from cluster.errors import ConfigurationError
+from cluster.folders import checkpoint_folder, checkpoint_path
 from cluster.lending.borrower import Borrower, LenderInfo
 from cluster.lending.calls import LenderCalls
 from cluster.lending.service import LenderService

@@ -12,8 +12,8 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.config import lacks_folder
 from cluster.errors import ConfigurationError
+from cluster.folders import lacks_folder
 
 logger = logging.getLogger(__name__)
 

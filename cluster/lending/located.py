@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from cluster.config import checkpoint_folder, lacks_folder
 from cluster.errors import FilesUnavailableError
+from cluster.folders import checkpoint_folder, lacks_folder
 from cluster.lending.borrower import BorrowedFolder, Borrower
 from model.hub import is_small_file
 from model.weight_folder import WeightFolder
