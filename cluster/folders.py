@@ -1,4 +1,4 @@
-"""Where a checkpoint's folder is on this node, if it is."""
+"""Where a model's folder is on this node, and whether others may have it where this one has not."""
 
 from pathlib import Path
 from typing import TypeGuard

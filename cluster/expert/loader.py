@@ -4,7 +4,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from functools import partial
 from pathlib import Path
 
 from cluster.errors import ManifestError
@@ -129,7 +128,7 @@ class Loader:
         num_loaded = 0
         while (unit := self._next()) is not None:
             try:
-                weights, digest = self._load(unit, partial(self._arrive, unit))
+                weights, digest = self._load(unit, self._arrive)
                 self._take(unit, weights, digest, checksum(weights))
             except Exception as error:
                 logger.exception("loading %s failed", unit)
@@ -154,7 +153,7 @@ class Loader:
     def _missing(self) -> Sequence[Unit]:
         return [unit for unit in self._wanted if unit not in self._held]
 
-    def _arrive(self, unit: Unit, num_bytes: int) -> None:
+    def _arrive(self, num_bytes: int) -> None:
         """So many more bytes of the unit that is being read are there."""
         with self._lock:
             self._arrived_bytes += num_bytes
@@ -163,7 +162,7 @@ class Loader:
         self._on_progress(num_bytes, max(0, progress.total_bytes - progress.done_bytes))
         if (now := self._clock()) - self._logged_at >= LOG_EVERY_S:
             self._logged_at = now
-            logger.info("loading %s: %s of all", unit, progress)
+            logger.info("loading: %s", progress)
 
     def _take(self, unit: Unit, weights: ExpertWeights, digest: str, as_held: int) -> None:
         with self._lock:
