@@ -27,7 +27,7 @@ from cluster.client import Client
 from cluster.config import ServeConfig
 from cluster.context import context_of
 from cluster.controller import Controller
-from cluster.errors import APIError, ConfigurationError, StartError
+from cluster.errors import APIError, ConfigurationError, FilesUnavailableError, StartError
 from cluster.folders import lacks_folder
 from cluster.follow import as_heads_were_told
 from cluster.ingress.auth import KEYS_VARIABLE, read_api_keys
@@ -66,7 +66,10 @@ def build(config: ServeConfig) -> serve.Application:
 
     Raises ConfigurationError, ConfigError or TokenizerError for a checkpoint that cannot be served.
     """
-    run_where_it_is(config.model, check_checkpoint, config)
+    try:
+        run_where_it_is(config.model, check_checkpoint, config)
+    except FilesUnavailableError as error:
+        logger.warning("%s; the controller waits for a node that has it", error)
     # torch is only wanted in the replicas
     from cluster.head.replica import HeadReplica
     from cluster.ingress.deployment import Ingress

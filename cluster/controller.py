@@ -26,7 +26,7 @@ from cluster.headers import read_headers
 from cluster.lenders import Lenders
 from cluster.living import Change, LivingPlacement, Sizes
 from cluster.manifest import CACHE, Manifest
-from cluster.nodes import run_where_it_is
+from cluster.nodes import run_where_it_will_be
 from cluster.placement import ClusterView, HeadInfo, HeadsWanted
 from cluster.scaling import Scaler
 from cluster.schema import Move, Rebalancing
@@ -151,11 +151,7 @@ class Controller:
             number = self._config.num_heads
             wanted = HeadsWanted(number, time.time())
             logger.info("woken by a request")
-            self._news.publish(
-                replace(
-                    self._news.view, is_asleep=False, heads_wanted=wanted, heads_expected=number
-                )
-            )
+            self._tell(is_asleep=False, heads_wanted=wanted, heads_expected=number)
 
     def check_health(self) -> None:
         """Called by Serve; a controller that supervises no more is replaced."""
@@ -174,6 +170,10 @@ class Controller:
         if endings:
             await asyncio.wait(endings, timeout=5)
 
+    def _tell(self, **changes: Any) -> None:
+        """Publish the view with these fields changed."""
+        self._news.publish(replace(self._news.view, **changes))
+
     def _has_successor(self) -> bool:
         """Whether Serve is about to start another controller. Asks Serve, and blocks meanwhile."""
         try:
@@ -188,10 +188,13 @@ class Controller:
         config = self._config
         # those that a controller before this one has added are still needed, for all it knows
         num_alive = max(await asyncio.to_thread(alive_workers, self._app_name), default=-1) + 1
-        self._news.publish(replace(self._news.view, takes_over=num_alive > 0))
+        self._tell(takes_over=num_alive > 0)
         try:
-            sizes, weights = await asyncio.to_thread(
-                run_where_it_is, config.model, read_headers, config
+            sizes, weights = await run_where_it_will_be(
+                config.model,
+                read_headers,
+                config,
+                on_missing=lambda why: self._tell(phase=why),
             )
             manifest = Manifest.of(checkpoint_path(config.model), CACHE.expanduser())
             num_workers = max(config.num_workers, min(num_alive, config.most_workers))
@@ -200,7 +203,7 @@ class Controller:
         except (MaestraleError, ModelError, OSError) as error:
             # Another start would fail the same way: say so, to whoever asks, until deleted.
             logger.error("nothing can be placed: %s", error)
-            self._news.publish(replace(self._news.view, phase="failed", error=str(error)))
+            self._tell(phase="failed", error=str(error))
             await asyncio.Event().wait()
         if num_alive:  # and heads, which have yet to be heard of
             self._scaler = Scaler(time.monotonic() + HEAD_SILENT_AFTER_S)
@@ -247,12 +250,10 @@ class Controller:
     async def _sleep(self) -> None:
         """End all workers, and return when there is a request."""
         workers, self._workers, self._living = self._workers, {}, None
-        self._news.publish(
-            replace(self._news.view, phase="asleep", error=None, placement=None, heads=())
-        )
+        self._tell(phase="asleep", error=None, placement=None, heads=())
         await asyncio.gather(*(worker.dismiss() for worker in workers.values()))
         await self._news.until(lambda view: not view.is_asleep)
-        self._news.publish(replace(self._news.view, phase="starting expert workers", percent=0))
+        self._tell(phase="starting expert workers", percent=0)
 
     async def _keep(
         self, index: int, worker: WorkerActor, living: LivingPlacement, manifest: Manifest
@@ -294,7 +295,7 @@ class Controller:
         living.drain([head.stamp for head, _ in self._heads.values()], now)
         if (placement := living.publish(now)) is not None:
             logger.info("placement %d: %s", placement.epoch, placement.workers)
-            self._news.publish(replace(self._news.view, placement=placement))
+            self._tell(placement=placement)
         self._update_view()
 
     async def _plan(self, living: LivingPlacement) -> None:
@@ -357,14 +358,11 @@ class Controller:
         wanted = self._news.view.heads_wanted
         if wanted is None or wanted.number != decision.num_heads:
             wanted = HeadsWanted(decision.num_heads, time.time())
-        self._news.publish(
-            replace(
-                self._news.view,
-                heads_expected=wanted.number,
-                heads_wanted=wanted,
-                is_asleep=wanted.number == 0,
-                scaling=decision.reason if decision.is_change else self._news.view.scaling,
-            )
+        self._tell(
+            heads_expected=wanted.number,
+            heads_wanted=wanted,
+            is_asleep=wanted.number == 0,
+            scaling=decision.reason if decision.is_change else self._news.view.scaling,
         )
 
     def _update_view(self) -> None:
@@ -389,13 +387,10 @@ class Controller:
             loading = self._news.view.loading
         else:
             self._told_loading_at = now
-        self._news.publish(
-            replace(
-                self._news.view,
-                phase=phase,
-                percent=percent,
-                error=errors[0] if errors else None,
-                heads=ready,
-                loading=loading,
-            )
+        self._tell(
+            phase=phase,
+            percent=percent,
+            error=errors[0] if errors else None,
+            heads=ready,
+            loading=loading,
         )

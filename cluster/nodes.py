@@ -3,6 +3,7 @@
 A model whose folder is on this node, or that is no folder (embedded, on the Hub), asks no other.
 """
 
+import asyncio
 import logging
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -12,7 +13,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.errors import ConfigurationError
+from cluster.errors import ConfigurationError, FilesUnavailableError
 from cluster.folders import lacks_folder
 
 logger = logging.getLogger(__name__)
@@ -27,6 +28,10 @@ ASK_TIMEOUT_S = 30.0
 
 RUN_TIMEOUT_S = 120.0
 """For what is run on another node."""
+
+LOOK_EVERY_S = 2.0
+"""How often to look for a node that has the folder, where none has: nodes join a cluster one by
+one, some only when somebody asks for what they have."""
 
 
 def this_node() -> str:
@@ -75,14 +80,15 @@ def which_have(model: Path, nodes: Collection[str]) -> dict[str, bool]:
 def run_where_it_is(model: Path | None, function: Callable[..., T], *arguments: Any) -> T:
     """Run it on this node if it has the model's folder, else on one that has.
 
-    Raises what it raises, or ConfigurationError where no node has the folder.
+    Raises what it raises, FilesUnavailableError where no node has the folder, or ConfigurationError
+    where the one that has it fails.
     """
     if not lacks_folder(model) or not ray.is_initialized():
         return function(*arguments)
     nodes = alive_nodes()
     having = [node for node, has in which_have(model, nodes).items() if has]
     if not having:
-        raise ConfigurationError(
+        raise FilesUnavailableError(
             f"model {model} is neither a folder on any of the {len(nodes)} nodes, nor a Hugging "
             "Face Hub id (organisation/name): put it on one of them, or give another path"
         )
@@ -94,3 +100,19 @@ def run_where_it_is(model: Path | None, function: Callable[..., T], *arguments: 
     except RayError as error:
         raise ConfigurationError(f"node {having[0]}, which has {model}, failed: {error}") from error
     return result
+
+
+async def run_where_it_will_be(
+    model: Path | None,
+    function: Callable[..., T],
+    *arguments: Any,
+    on_missing: Callable[[str], None],
+) -> T:
+    """`run_where_it_is`, as soon as a node has the folder. on_missing: told why it waits."""
+    while True:
+        try:
+            return await asyncio.to_thread(run_where_it_is, model, function, *arguments)
+        except FilesUnavailableError as error:
+            logger.warning("waiting for another node: %s", error)
+            on_missing(str(error))
+            await asyncio.sleep(LOOK_EVERY_S)
