@@ -48,7 +48,7 @@ class Stalling(FromCheckpoint):
 
         def late(batcher: Batcher, *args: Any) -> torch.Tensor:
             if draw.random() < self._share:
-                time.sleep(self._stall_s)
+                time.sleep(self._stall_s)  # the fault that hedging is measured by
             return compute(batcher, *args)
 
         Batcher.compute = late  # type: ignore[method-assign]

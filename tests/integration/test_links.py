@@ -15,13 +15,19 @@ import pytest
 from cluster.head.links import GrpcLink, LinkLostError, PipeLink
 
 
-def test_nothing_follows_a_message_that_was_cut_off() -> None:
+def pipe_to_a_worker() -> tuple[PipeLink, socket.socket]:
+    """A link, and the worker's end of it."""
     name = f"maestrale-test-{secrets.token_hex(8)}"
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(f"\0{name}")
         listening.listen()
         link = PipeLink(name)
         worker, _ = listening.accept()
+    return link, worker
+
+
+def test_nothing_follows_a_message_that_was_cut_off() -> None:
+    link, worker = pipe_to_a_worker()
     with worker:
         worker.setblocking(False)
         link.send((bytes(64 * 2**20),), overdue_at=0.0)
@@ -109,12 +115,7 @@ def test_an_answer_by_grpc_can_be_waited_for_by_time() -> None:
 
 
 def test_an_answer_by_pipe_can_be_waited_for_by_time() -> None:
-    name = f"maestrale-test-{secrets.token_hex(8)}"
-    with socket.socket(socket.AF_UNIX) as listening:
-        listening.bind(f"\0{name}")
-        listening.listen()
-        link = PipeLink(name)
-        worker, _ = listening.accept()
+    link, worker = pipe_to_a_worker()
     far = time.monotonic() + 10
     worker.send(bytes([3]) + bytes(7) + b"o")
     assert not link.wait(0.0)  # not whole yet
